@@ -20,11 +20,20 @@ The world's grammar, all of it:
   object  = COUNT [SIZE] [TEXTURE] COLOR SHAPE            "two small striped red circles"
 """
 
+import argparse
+import json
 import math
+import os
 import re
+import sys
+import warnings
+import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # 1. The shapes world: vocabulary
@@ -137,16 +146,16 @@ def parse(caption):
 # 2. The shapes world: choosing a scene
 # -----------------------------------------------------------------------------
 
-def choose(rng, level="full", frames=1, pairs=SEEN_PAIRS):
+def choose(rng, level="full", frames=1, pairs=SEEN_PAIRS, aspect=(1.0, 1.0)):
     """A random scene of the world, laid out. `rng` is a numpy Generator.
 
     level: "single" (one plain object), "basic" (one or two plain objects, and, four relations)
     or "full" (everything). frames > 1 gives a clip: every thing moves. pairs: the (color, shape)
-    pairs that may be used.
+    pairs that may be used; aspect: as in `layout`.
     """
     while True:                             # a few crowded choices have no layout: choose again
         scene = _choose_words(rng, level, frames, pairs)
-        if layout(rng, scene):
+        if layout(rng, scene, aspect):
             return scene
 
 
@@ -194,6 +203,10 @@ def _choose_words(rng, level, frames, pairs):
     return Scene(things, relation)
 
 
+# The circle around a shape of radius 1, corners included.
+OUTER = {"circle": 1, "square": 1.22, "triangle": 1.25, "star": 1.04, "cross": 1.01, "ring": 1}
+
+
 def layout(rng, scene, aspect=(1.0, 1.0)):
     """Places every instance (fills `scene.tracks`); False if no place was found.
 
@@ -203,7 +216,7 @@ def layout(rng, scene, aspect=(1.0, 1.0)):
     """
     high, wide = aspect
     owners = scene.owners()
-    for _ in range(12):                                     # a bad first placement: start over
+    for _ in range(40):                                     # a bad first placement: start over
         placed = []                                         # [(owner, track (2, 3)), ...]
         for owner in owners:
             # 40 candidate tracks at once; the first that fits with what is there is taken
@@ -256,7 +269,7 @@ def _propose(rng, scene, owner, placed, high, wide, n=40):
 
 def _fits(scene, owner, tracks, placed, high, wide):
     """bool (n,): which candidate tracks of things[owner] respect the border and the others."""
-    edge = 0.02
+    edge, thing = 0.02, scene.things[owner]
     u = np.linspace(0, 1, 7 if scene.things[0].motion else 1)[None, :, None]
     path = tracks[:, :1] * (1 - u) + tracks[:, 1:] * u      # (n, 7, 3): each track at seven moments
     x, y, r = path[..., 0], path[..., 1], path[..., 2]
@@ -266,15 +279,29 @@ def _fits(scene, owner, tracks, placed, high, wide):
         dx, dy = x - there[:, 0], y - there[:, 1]
         related = bool(scene.relation) and {owner, other} == {0, 1}
         if not (related and scene.relation in ("inside", "in front of")):
-            # shapes touch only if both their boxes' sides and their circles do
-            apart = np.maximum(np.hypot(dx, dy), 1.18 * np.maximum(abs(dx), abs(dy)))
-            good &= (apart > r + there[:, 2] + 0.03).all(1)
+            # shapes are apart if their boxes are, or else the circles drawn around them
+            round_ = OUTER[thing.shape] * r + OUTER[scene.things[other].shape] * there[:, 2]
+            boxes = np.maximum(abs(dx), abs(dy)) > r + there[:, 2] + 0.03
+            good &= (boxes | (np.hypot(dx, dy) > round_ + 0.03)).all(1)
+        if related and scene.relation == "in front of":     # hides a part of it, and no more
+            good &= _hides(scene.things[0].shape, track[0], thing.shape, tracks[:, 0])
         if related and scene.relation in DIRECTIONS:
             ax, ay = DIRECTIONS[scene.relation]
             sign = 1 if owner == 0 else -1                  # things[0] is RELATION things[1]
             along, across = sign * (dx * ax + dy * ay), abs(dx * ay) + abs(dy * ax)
             good &= ((along > 0.22) & (along > 1.35 * across)).all(1)
     return good
+
+
+def _hides(front, spot, shape, spots):
+    """bool (n,): does `front` at (x, y, radius) hide a clear part of `shape` at each of n spots?"""
+    grid = np.linspace(-1, 1, 24)                            # points of the shape behind
+    gx, gy = grid[None, None, :], grid[None, :, None]        # (1, 1, 24), (1, 24, 1)
+    x, y, r = (spots[:, k, None, None] for k in range(3))    # (n, 1, 1)
+    body = distance(shape, gx, gy) < 0                       # (1, 24, 24)
+    over = distance(front, (x + r * gx - spot[0]) / spot[2], (y + r * gy - spot[1]) / spot[2]) < 0
+    share = (over & body).sum((1, 2)) / body.sum()
+    return (share > 0.12) & (share < 0.45)
 
 
 # -----------------------------------------------------------------------------
@@ -364,8 +391,905 @@ class Shapes:
     def scene(self, i):
         if not 0 <= i < self.n:
             raise IndexError(i)
-        return choose(np.random.default_rng((self.seed, i)), self.level, self.frames, self.pairs)
+        aspect = tuple(side / min(self.size) for side in self.size)
+        return choose(np.random.default_rng((self.seed, i)), self.level, self.frames, self.pairs, aspect)
 
     def __getitem__(self, i):
         scene = self.scene(i)
         return draw(scene, self.size, self.frames), scene.caption()
+
+
+# -----------------------------------------------------------------------------
+# 4. The judge: reading a picture back
+# -----------------------------------------------------------------------------
+#
+# A frame is read in four steps, with numpy alone:
+#   _unmix    each pixel is explained as ground + one colour + ink: how much of each?
+#   _label    pixels -> blobs that touch each other, and inside each blob one region a colour
+#   _fit      each region is compared with silhouettes of all six shapes: which, where, how large?
+#   _texture  the ink inside the silhouette is compared with the three patterns
+# What it cannot read is called "unclear" and agrees with no caption: it abstains into wrong.
+
+# How far a shape of radius 1 reaches from its centre: left = right, up, down (y is down).
+REACH = {"circle": (1, 1, 1), "square": (0.86, 0.86, 0.86), "triangle": (0.95, 1, 0.8),
+         "star": (0.989, 1.04, 0.841), "cross": (0.95, 0.95, 0.95), "ring": (1, 1, 1)}
+NAMES = tuple(COLORS)
+_PAPER = np.array(GROUND, np.float32)
+_AXES = np.stack([[np.array(c, np.float32) - _PAPER, np.array(INK, np.float32) - _PAPER]
+                  for c in COLORS.values()])                 # (8, 2, 3): paper -> colour, -> ink
+_SOLVE = np.linalg.pinv(_AXES).astype(np.float32)            # (8, 3, 2): least squares, ready made
+
+
+@dataclass
+class Seen:
+    """One object the judge found in a frame; x, y, radius in units of the shorter side."""
+    color: str                                               # or "unclear"
+    shape: str                                               # or "unclear"
+    texture: str                                             # "solid", or "unclear"
+    x: float
+    y: float
+    radius: float
+    overlap: float                                           # with the ideal silhouette, 0..1
+    mask: np.ndarray = field(repr=False)                     # bool (H, W): its ideal silhouette
+    owned: np.ndarray = field(repr=False)                    # bool (H, W): the pixels it shows
+
+    def words(self):
+        shape = "object" if self.shape == "unclear" else self.shape
+        return f"{'dark' if self.color == 'unclear' else self.color} {shape}"
+
+
+def _unmix(frame):
+    """uint8 (H, W, 3) -> color (H, W) int, cover (H, W) 0..1, dark (H, W) 0..1.
+
+    cover: how much of the pixel is not ground; dark: how much of that is ink. An edge pixel of
+    red on paper looks pink to a nearest-colour rule; as a mixture it is simply half a red one."""
+    p = frame.reshape(1, -1, 3).astype(np.float32) - _PAPER                       # (1, HW, 3)
+    parts = np.clip(p @ _SOLVE, 0, None)                                          # (8, HW, 2)
+    parts /= np.maximum(parts.sum(-1, keepdims=True), 1)
+    error = parts @ _AXES - p                                                     # (8, HW, 3)
+    error = np.einsum("kpc,kpc->kp", error, error)                                # (8, HW)
+    color = error.argmin(0)
+    best = parts[color, np.arange(p.shape[1])]                                    # (HW, 2)
+    cover = best.sum(-1)
+    shape = frame.shape[:2]
+    return (color.reshape(shape), cover.reshape(shape),
+            (best[:, 1] / np.maximum(cover, 1e-3)).reshape(shape))
+
+
+def _shifted(a, fill):
+    """The four neighbours of every pixel: four arrays like `a`, `fill` beyond the border."""
+    b = np.pad(a, 1, constant_values=fill)
+    return b[:-2, 1:-1], b[2:, 1:-1], b[1:-1, :-2], b[1:-1, 2:]
+
+
+def _blobs(mask):
+    """Connected components: bool (H, W) -> list of bool (H, W). Every pixel takes the smallest
+    index among its neighbours; then the index of that index, which halves the way each time."""
+    n = mask.size
+    label = np.where(mask, np.arange(n).reshape(mask.shape), n)
+    while True:
+        least = np.where(mask, np.minimum(label, np.minimum.reduce(_shifted(label, n))), n)
+        hop = np.append(least, n)
+        least = hop[hop[least]]
+        if (least == label).all():
+            return [label == k for k in np.unique(label[mask])]
+        label = least
+
+
+def _grow(label, room):
+    """Unlabelled pixels (-1) of `room` take a neighbour's label until none is left to take."""
+    while True:
+        near = np.where(room & (label < 0), np.maximum.reduce(_shifted(label, -1)), -1)
+        if (near < 0).all():
+            return label
+        label = np.where(near >= 0, near, label)
+
+
+def _count(mask, k):
+    """How many pixels of a mask lie in the (2k+1) x (2k+1) square around each: running sums."""
+    total = np.pad(mask, ((k + 1, k), (k + 1, k))).cumsum(0, dtype=np.int32).cumsum(1)
+    n = 2 * k + 1
+    return total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]
+
+
+def _thick(mask):
+    """Keeps of a mask what lies within 4 pixels of a place where it is (nearly) 3 pixels wide. Thin lines,
+    where two colours blend into the look of a third (red over yellow: an orange rim), disappear;
+    the tips of a star stay."""
+    return mask & (_count(_count(mask, 1) * mask >= 7, 4) > 0)
+
+
+def _label(color, cover, dark):
+    """[(blob (H, W) bool, label (H, W) int: the colour of each pixel, -1 = none), ...]"""
+    unit = min(cover.shape)
+    found = []
+    solid = cover > 0.5
+    raw = np.where(solid & (dark < 0.5), color, -1)
+    for blob in _blobs(solid):
+        if blob.sum() < max(3, 0.0015 * unit * unit):        # a speck of a few pixels
+            continue
+        label = _grow(np.where(blob, raw, -1), blob)         # ink goes to the colour beside it
+        core = np.full_like(label, -1)
+        for c in np.unique(label[blob & (label >= 0)]):
+            own = _thick(label == c)
+            if own.sum() >= 0.0025 * unit * unit:
+                core[own] = c
+        found.append((blob, _grow(core if (core >= 0).any() else label, blob)))
+    return found
+
+
+
+def _overlap(shape, spots, cover, free, corner=(0, 0), stride=1):
+    """How well a shape at each of K spots (x, y, radius; pixels) covers what is seen: (K,) 0..1.
+
+    Soft intersection over union, on the pixels that are `free`: behind another object anything
+    may hide, at a small charge, so that the simplest explanation wins."""
+    h, w = cover.shape
+    cx, cy, r = (spots[:, k, None, None] for k in range(3))                       # (K, 1, 1)
+    xs, ys = (np.arange(n, dtype=np.float32) * stride + c + 0.5 for n, c in zip((w, h), corner))
+    x, y = (xs - cx) / r, (ys[:, None] - cy) / r                                  # (K, 1, w), (K, h, 1)
+    ideal = np.clip(0.5 - distance(shape, x, y) * r, 0, 1)                        # (K, h, w)
+    shown = ideal * free
+    charge = 1 - shown.sum((1, 2)) / np.maximum(ideal.sum((1, 2)), 1e-6)
+    return (np.minimum(shown, cover).sum((1, 2)) / np.maximum(shown, cover).sum((1, 2))
+            - 0.06 * charge)
+
+
+def _fit(cover, own, hidden=None):
+    """The best silhouette for a region -> (overlap, shape, (x, y, radius) in pixels).
+
+    cover (H, W): how much of each pixel is painted; own: the region's pixels; hidden: pixels of
+    what may lie in front of it. First guess: the shape fills the region's bounding box. When
+    something hides a part, the box may be cut: then larger ones leaning on its sides as well."""
+    ys, xs = np.nonzero(own)
+    left, right, top, bottom = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
+    m = 3 if hidden is None else 3 + max(right - left, bottom - top) // 2         # look around it
+    x0, y0 = max(0, left - m), max(0, top - m)
+    part = np.s_[y0:bottom + m, x0:right + m]
+    free = np.ones(cover[part].shape, np.float32) if hidden is None else 1.0 - hidden[part]
+    rim = np.logical_or.reduce(_shifted(own[part], False)) & (cover[part] <= 0.5)
+    seen = (cover[part] * (own[part] | rim) * free).astype(np.float32)
+    guesses = []                                                       # (overlap, shape, spot)
+    for shape, (side, up, down) in REACH.items():
+        r = (right - left + bottom - top) / (2 * side + up + down)
+        spots = [((left + right) / 2, (top + bottom + (up - down) * r) / 2, r)]
+        if hidden is not None:
+            least = max((right - left) / (2 * side), (bottom - top) / (up + down))
+            for r in least * np.array([0.97, 1.05, 1.15, 1.3, 1.5, 1.8]):
+                spots += [(x, y, r) for x in (left + side * r, (left + right) / 2, right - side * r)
+                          for y in (top + up * r, (top + bottom + (up - down) * r) / 2, bottom - down * r)]
+        spots = np.array(spots, np.float32)
+        step = 1 if hidden is None else 2
+        scores = _overlap(shape, spots, seen[::step, ::step], free[::step, ::step], (x0, y0), step)
+        for k in np.argsort(-scores)[:2]:
+            guesses.append((scores[k], shape, spots[k]))
+    guesses.sort(key=lambda g: -g[0])
+    refined = []
+    for score, shape, spot in guesses[:2 if hidden is None else 5]:
+        if score < guesses[0][0] - 0.12:
+            break
+        for step in (1, 0.7, 0.5, 0.3) if hidden is None else (2, 1, 1, 0.7, 0.5, 0.3):
+            spots = (spot + step * _NUDGES).astype(np.float32)
+            spots[:, 2] = np.maximum(spots[:, 2], 1)
+            scores = _overlap(shape, spots, seen, free, (x0, y0))
+            spot, score = spots[scores.argmax()], scores.max()
+        refined.append((float(score), shape, spot))
+    return max(refined, key=lambda g: g[0])
+
+
+_NUDGES = np.array([(0, 0, 0), (-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1)])
+
+
+def _texture(shape, spot, dark, inside):
+    """Which pattern the ink inside a silhouette follows: "solid" without ink, "unclear" if none."""
+    if inside.sum() < 4:
+        return "unclear"
+    values = dark[inside]
+    if (values > 0.5).mean() < 0.18:
+        return "solid"
+    ys, xs = np.nonzero(inside)
+    x, y = (xs + 0.5 - spot[0]) / spot[2], (ys + 0.5 - spot[1]) / spot[2]
+    match = {}
+    for texture in TEXTURES:
+        ideal = np.clip(0.5 + ink(texture, x, y) * spot[2], 0, 1)
+        spread = values.std() * ideal.std()
+        match[texture] = ((values - values.mean()) * (ideal - ideal.mean())).mean() / max(spread, 1e-6)
+    best = max(match, key=match.get)
+    return best if match[best] > 0.45 else "unclear"
+
+
+def _depth(shape, spot, size):
+    """(H, W): the signed distance to a silhouette's outline in pixels, negative inside."""
+    x, y = (np.arange(n) + 0.5 - centre for n, centre in zip(size[::-1], spot))
+    return distance(shape, x[None] / spot[2], y[:, None] / spot[2]) * spot[2]
+
+
+def read(frame):
+    """uint8 (H, W, 3) -> [Seen, ...]: everything in the picture, nothing about what was asked."""
+    k = min(frame.shape[:2]) // 64
+    if k > 1:                                # large pictures: k x k pixels to one, 64 are enough
+        h, w = frame.shape[0] // k, frame.shape[1] // k
+        frame = frame[:h * k, :w * k].reshape(h, k, w, k, 3).mean((1, 3))
+    color, cover, dark = _unmix(frame)
+    high, wide = cover.shape
+    unit = min(high, wide)
+    seen = []
+    for blob, label in _label(color, cover, dark):
+        waiting = [int(c) for c in np.unique(label[blob & (label >= 0)])] or [-1]
+        if waiting == [-1]:                                  # nothing but ink
+            label = np.where(blob, -1, -2)
+        hidden = None
+        while waiting:
+            # Whatever looks whole lies in front. Its silhouette is its own; then the next.
+            fits = {c: _fit(cover, label == c, None if hidden is None else
+                            hidden | (blob & (label >= 0) & (label != c))) for c in waiting}
+            depths = {k: _depth(*fits[k][1:], cover.shape) for k in waiting}
+            others = blob & (label >= 0)
+            theft = {k: (others & (label != k))[depths[k] < -0.5].mean() for k in waiting}
+            c = max(waiting, key=lambda k: fits[k][0] - 4 * theft[k])
+            (overlap, shape, spot), depth = fits[c], depths[c]
+            mask = depth < 0
+            owned = mask & blob if hidden is None else mask & blob & ~hidden
+            inner = owned & (depth < -0.8)
+            seen.append(Seen(NAMES[c] if c >= 0 else "unclear", shape if overlap > 0.78 - 1 / spot[2] else "unclear",
+                             _texture(shape, spot, dark, inner), float(spot[0] / unit),
+                             float(spot[1] / unit), float(spot[2] / unit), overlap, mask, owned))
+            waiting.remove(c)
+            # What is left of the blob, without the rim where two colours blend, is the others'.
+            near = depth < 1.0
+            hidden = near if hidden is None else hidden | near
+            label = _grow(np.where(near | (label == c), -1, label), blob & ~hidden)
+            waiting = [k for k in waiting if (label == k).sum() > 3]
+    return seen
+
+
+@dataclass
+class Verdict:
+    """What the judge says. Truthy if everything asked for is there and nothing else is.
+
+    reasons: short sentences, one a fault. parts: the partial verdicts by name (see `judge`).
+    numbers: measured on the way; clips have "frames_right" (0..1) and "flicker" (0..255)."""
+    right: bool
+    reasons: list
+    parts: dict
+    numbers: dict = field(default_factory=dict)
+
+    def __bool__(self):
+        return self.right
+
+
+def judge(clip, caption):
+    """Does the clip show the caption?
+
+    clip: uint8 (F, H, W, 3) or one picture (H, W, 3). caption: a sentence of the world (ValueError
+    if it is not one) or a Scene. Returns a Verdict whose parts are
+      color     every named colour is present and no other, and none is on another thing's shape
+      shape     so is every named (colour, shape) pair; how many of each is left to `count`
+      texture   each thing has the texture said, and none where none is said
+      size      each "small" and "large" is
+      count     as many of each thing as said, and nothing unnamed
+      relation  it holds
+    and for clips (or a caption with motions) also
+      motion    what should move, grow or shrink does just that
+      stillness what should stay still does (without a motion word: all of it)
+      identity  every frame shows the same colours and shapes
+      smooth    each track is near a straight line at even speed: shuffled frames are not
+    A clip's still parts hold if they do in 4 frames of 5: a frame may be misread, but not vanish,
+    which would break identity."""
+    scene = parse(caption) if isinstance(caption, str) else caption
+    clip = np.asarray(clip)
+    clip = clip[None] if clip.ndim == 3 else clip
+    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8:
+        raise ValueError(f"judge wants uint8 (F, H, W, 3), not {clip.dtype} {clip.shape}")
+    frames = [read(frame) for frame in clip]
+    stills = [_still(seen, scene) for seen in frames]        # (parts, reasons, mine) a frame
+    parts = {name: bool(np.mean([still[0][name] for still in stills]) >= 0.8) for name in stills[0][0]}
+    reasons = list(next((still[1] for still in stills if still[1]), []))
+    numbers = {"frames_right": float(np.mean([not still[1] for still in stills]))}
+    if len(clip) > 1:
+        if all(parts.values()):
+            reasons = []
+        _moving(frames, [still[2] for still in stills], scene, parts, reasons)
+        ground = (abs(clip.astype(np.int16) - np.array(GROUND)) < 40).all(-1)     # (F, H, W)
+        both = ground[1:] & ground[:-1]
+        change = abs(np.diff(clip.astype(np.int16), axis=0)).mean(-1)             # (F-1, H, W)
+        numbers["flicker"] = float(change[both].mean()) if both.any() else 0.0
+    elif any(thing.motion for thing in scene.things):
+        parts["motion"] = False
+        reasons.append("one frame shows no motion")
+    return Verdict(all(parts.values()), reasons, parts, numbers)
+
+
+def _still(seen, scene):
+    """One frame against the caption -> parts, reasons, mine (the Seen that belong to each thing)."""
+    things, reasons = scene.things, []
+    mine, extra = [[] for _ in things], []
+    named = [(t.color, t.shape) for t in things]
+    twins = len(set(named)) < len(named)
+    if twins:
+        reasons.append("two things of one name: the judge cannot tell them apart")
+    exact = lambda s: (s.color, s.shape) in named
+    for s in sorted(seen, key=exact, reverse=True):          # a right shape has the first claim
+        rooms = [k for k, t in enumerate(things) if t.color == s.color and len(mine[k]) < t.count]
+        if exact(s):
+            mine[named.index((s.color, s.shape))].append(s)
+        elif len(rooms) == 1:                                # the right colour, in a wrong shape
+            mine[rooms[0]].append(s)
+        else:
+            extra.append(s)
+    small, large = sum(SIZES["small"][1:] + SIZES["medium"][:1]) / 2, sum(
+        SIZES["medium"][1:] + SIZES["large"][:1]) / 2
+    fits = {"small": lambda r: r < small, "medium": lambda r: True, "large": lambda r: r > large}
+    bound = not any(s.shape in {t.shape for t in things} and not exact(s) for s in seen)
+    parts = {"color": bound and {s.color for s in seen} == {t.color for t in things},
+             "shape": {(s.color, s.shape) for s in seen} == set(named) and not twins,
+             "texture": True, "size": True, "count": not extra, "relation": True}
+    for thing, found in zip(things, mine):
+        name = f"{thing.color} {thing.shape}"
+        if len(found) != thing.count:
+            parts["count"] = False
+            reasons.append(f"no {name}" if not found else
+                           f"{len(found)} {name if len(found) == 1 else plural(name)}, not {thing.count}")
+        odd = next((s for s in found if s.shape != thing.shape), None)
+        if odd:
+            reasons.append(f"the {odd.color} object is " + ("of no clear shape" if odd.shape == "unclear"
+                           else f"a {odd.shape}") + f", not a {thing.shape}")
+        odd = next((s.texture for s in found if s.texture != thing.texture), None)
+        parts["texture"] &= bool(found) and odd is None
+        if odd:
+            reasons.append(f"the {name} is not {thing.texture}" if thing.texture != "solid" else
+                           f"the {name} is {'not plain' if odd == 'unclear' else odd}")
+        sized = all(fits[thing.size](s.radius) for s in found)
+        parts["size"] &= thing.size == "medium" or bool(found) and sized
+        if not sized:
+            reasons.append(f"the {name} is not {thing.size}")
+    reasons += [f"an extra {s.words()}" for s in extra]
+    if scene.relation:
+        a, b = mine[:2]
+        parts["relation"] = bool(a and b) and _related(scene.relation, a, b)
+        if a and b and not parts["relation"]:
+            is_now = next((r for r in ("inside", *DIRECTIONS) if _related(r, a, b)), "")
+            one, two = things[0], things[1]
+            short = one.shape != two.shape
+            one, two = (t.shape if short else f"{t.color} {t.shape}" for t in (one, two))
+            reasons.append(f"the {one} is {is_now or f'not {scene.relation}'} the {two}")
+    return parts, reasons, mine
+
+
+def _related(relation, first, second):
+    """Does the relation hold between two lists of Seen? Between each two of them."""
+    if relation in DIRECTIONS:
+        ax, ay = DIRECTIONS[relation]
+        steps = np.array([(a.x - b.x, a.y - b.y) for a in first for b in second])
+        along, across = steps @ (ax, ay), abs(steps @ (ay, ax))
+        return bool((along > 0.03).all() and along.mean() > across.mean())
+
+    def inside(a, b):                                        # box in box, with a pixel to spare
+        box = lambda s: np.array([s.radius * k for k in REACH[s.shape]]) if s.shape in REACH else s.radius
+        (a_side, a_up, a_down), (b_side, b_up, b_down) = box(a) + np.zeros(3), box(b) + np.zeros(3)
+        return (a.radius < b.radius and abs(a.x - b.x) < b_side - a_side + 0.02
+                and a.y - a_up > b.y - b_up - 0.02 and a.y + a_down < b.y + b_down + 0.02)
+
+    def in_front(a, b):                                      # where both would be, a is seen
+        shared = a.mask & b.mask
+        return (shared.sum() > 0.05 * min(a.mask.sum(), b.mask.sum())
+                and (shared & a.owned).sum() > 0.6 * shared.sum() and not inside(a, b))
+
+    return all((inside if relation == "inside" else in_front)(a, b) for a in first for b in second)
+
+
+def _moving(frames, mine, scene, parts, reasons):
+    """Adds a clip's parts and reasons. frames: F lists of Seen; mine[f][k]: those of things[k]."""
+    parts.update(motion=True, stillness=True, identity=True, smooth=True)
+    names = [sorted((s.color, s.shape) for s in seen) for seen in frames]
+    odd = next((f for f, now in enumerate(names) if now != names[0]), None)
+    if odd is not None or not names[0]:
+        parts["identity"] = False
+        what = ("shows nothing" if odd is None else
+                "an object appears or vanishes" if len(names[odd]) != len(names[0]) else
+                "changes color" if [c for c, _ in names[odd]] != [c for c, _ in names[0]] else
+                "changes shape")
+        reasons.append(what + (f" (frame {odd + 1})" if odd else ""))
+    for k, thing in enumerate(scene.things):
+        wanted, name = thing.motion or "staying still", f"the {thing.color} {thing.shape}"
+        part = "stillness" if wanted == "staying still" else "motion"
+        if any(len(now[k]) != len(mine[0][k]) or not now[k] for now in mine):
+            parts[part] = parts["smooth"] = False
+            reasons.append(f"{name} cannot be followed")
+            continue
+        tracks = [[(s.x, s.y, s.radius) for s in mine[0][k]]]
+        for now in mine[1:]:                                 # each takes the nearest that is left
+            left, row = [(s.x, s.y, s.radius) for s in now[k]], []
+            for x, y, _ in tracks[-1]:
+                row.append(min(left, key=lambda s: math.hypot(s[0] - x, s[1] - y)))
+                left.remove(row[-1])
+            tracks.append(row)
+        for track in np.array(tracks).swapaxes(0, 1):        # (F, 3): x, y, radius of one instance
+            found = _motion(track)
+            if found != wanted:
+                parts[part] = False
+                reasons.append(f"{name} is {found}, not {wanted}")
+            # Against the even walk from its first place to its last; radii count as diameters.
+            track = track * (1, 1, 2)
+            u = np.linspace(0, 1, len(track))[:, None]
+            off = abs(track - (track[0] * (1 - u) + track[-1] * u)).max()
+            step = abs(track[-1] - track[0]).max() / (len(track) - 1)
+            if off > max(0.025, 0.6 * step):
+                parts["smooth"] = False
+                reasons.append(f"{name} does not move evenly")
+    reasons[:] = list(dict.fromkeys(reasons))
+
+
+def _motion(track):
+    """(F, 3) -> which of MOTIONS it is, or "moving unclearly"."""
+    dx, dy = track[-1, :2] - track[0, :2]
+    growth = track[-1, 2] / track[0, 2]
+    wander = np.hypot(*(track[:, :2] - track[:, :2].mean(0)).T).max()
+    if wander < 0.04 and track[:, 2].max() < 1.25 * track[:, 2].min():
+        return "staying still"
+    if math.hypot(dx, dy) < 0.15 and max(growth, 1 / growth) > 1.4:
+        return "growing" if growth > 1 else "shrinking"
+    if max(growth, 1 / growth) < 1.4:
+        for motion, (ax, ay) in STEPS.items():
+            along, across = dx * ax + dy * ay, abs(dx * ay) + abs(dy * ax)
+            if along >= 0.15 and along > 1.5 * across:
+                return motion
+    return "moving unclearly"
+
+
+# -----------------------------------------------------------------------------
+# 5. The benchmark's prompts
+# -----------------------------------------------------------------------------
+
+# The six of T2I-CompBench, whose mean is the benchmark's; beside them counting, and the clips'.
+CATEGORIES = ("color", "shape", "texture", "spatial", "non-spatial", "complex")
+CLIP_CATEGORIES = ("motion", "motion-binding", "stillness", "identity")
+_ALL = ("color", "shape", "texture", "size", "count", "relation")
+SCORED_ON = {                   # which of a verdict's parts must hold for a prompt of the category
+    "color": ("color", "count"), "shape": ("shape", "count"), "texture": ("texture", "count"),
+    "spatial": _ALL, "non-spatial": _ALL, "complex": _ALL, "numeracy": _ALL,
+    "motion": ("color", "count", "motion", "smooth"),
+    "motion-binding": ("color", "count", "motion", "stillness", "smooth"),
+    "stillness": ("color", "count", "stillness"), "identity": ("color", "count", "identity"),
+}
+
+
+def passed(verdict, category):
+    """Does the verdict count as right for a prompt of this category?"""
+    return all(verdict.parts.get(part, False) for part in SCORED_ON[category])
+
+
+def prompts(category, n=100, split="seen"):
+    """The first n prompts of a category: fixed captions, each drawable, none twice while there are
+    more. split: "seen" asks for SEEN_PAIRS alone, "unseen" for HELD_OUT alone.
+
+    They come as swap pairs wherever both are allowed ("a red circle and a blue square", then "a
+    blue circle and a red square"): who draws one picture for both is wrong in one of them."""
+    if category not in SCORED_ON:
+        raise ValueError(f"unknown category '{category}'; one of {', '.join(SCORED_ON)}")
+    if split not in ("seen", "unseen"):
+        raise ValueError(f"unknown split '{split}'; seen or unseen")
+    pairs = SEEN_PAIRS if split == "seen" else tuple(sorted(HELD_OUT))
+    rng = np.random.default_rng(zlib.crc32(f"{category} {split}".encode()))   # its own, fixed seed
+    found, misses = [], 0
+    while len(found) < n:
+        for scene in _ask(rng, category, pairs):
+            caption = scene.caption()
+            fine = all((t.color, t.shape) in pairs for t in scene.things)
+            if fine and (caption not in found or misses > 200) and layout(rng, scene):
+                found.append(caption)
+                misses = 0
+            else:
+                misses += 1
+    return found[:n]
+
+
+def _ask(rng, category, pairs):
+    """One or two scenes (a prompt and its swap partner) of a category, not yet laid out."""
+    pick = lambda options: options[int(rng.integers(len(options)))]
+    while True:                                              # three things of three colours
+        (c0, s0), (c1, s1), (c2, s2) = [pick(pairs) for _ in range(3)]
+        if len({c0, c1, c2}) == 3 and (category != "shape" or s0 != s1):
+            break
+    a, b, c = Thing(c0, s0), Thing(c1, s1), Thing(c2, s2)
+    if category in ("color", "shape"):                       # colours, or shapes: exchanged
+        return [Scene([a, b]), Scene([Thing(c1, s0), Thing(c0, s1)])]
+    if category == "texture":
+        t0, t1 = rng.permutation((*TEXTURES, "solid"))[:2].tolist()
+        if rng.random() < 0.3:
+            return [Scene([Thing(c0, s0, t)]) for t in (t0, t1) if t != "solid"]
+        return [Scene([Thing(c0, s0, u), Thing(c1, s1, v)]) for u, v in ((t0, t1), (t1, t0))]
+    if category == "spatial":
+        relation = pick(tuple(DIRECTIONS))
+        return [Scene([a, b], relation), Scene([b, a], relation)]
+    if category == "non-spatial":
+        relation = pick(("inside", "in front of"))
+        return [Scene([a, b], relation), Scene([b, a], relation)]
+    if category == "complex":
+        if rng.random() < 0.5:
+            return [Scene([a, b, c], pick(RELATIONS))]
+        sizes, textures = rng.permutation(("small", "large")).tolist(), rng.permutation(TEXTURES).tolist()
+        a.size, b.size = sizes
+        big = a if a.size == "large" else b                  # no texture on small objects
+        big.texture = textures[0]
+        return [Scene([a, b], pick(tuple(DIRECTIONS)))]
+    if category == "numeracy":
+        a.count = 2 + int(rng.integers(3))
+        if rng.random() < 0.5:
+            return [Scene([a])]
+        b.count = 1 + int(rng.integers(5 - a.count))
+        return [Scene([a, b])]
+    if category == "motion":
+        a.motion = pick(MOTIONS[:-1])
+        return [Scene([a])]
+    two = category == "motion-binding" or rng.random() < 0.5
+    m0, m1 = (("staying still",) * 2 if category == "stillness" else
+              rng.permutation(MOTIONS)[:2].tolist())
+    if not two:
+        return [Scene([Thing(c0, s0, motion=m0)])]
+    return [Scene([Thing(c0, s0, motion=u), Thing(c1, s1, motion=v)]) for u, v in ((m0, m1), (m1, m0))]
+
+
+# -----------------------------------------------------------------------------
+# 6. Your own pictures and clips
+# -----------------------------------------------------------------------------
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mov", ".webm")
+MAX_PIXELS = 100_000_000        # a file that claims more is skipped before it is decoded
+MAX_CAPTION = 1000              # characters
+
+
+class Folder:
+    """A folder of pictures or clips; folder[i] -> (uint8 (F, H, W, 3), caption), like `Shapes`.
+
+    Captions come from the first of these that is there:
+      captions.jsonl     one {"file": "a.png", "caption": "..."} a line
+      name.txt           beside name.png (or beside the folder `name` with a clip's frames)
+      class folders      corgi/1.jpg: the folder's name is the caption, `labels` lists them
+      none               every caption is "": the model trains unconditionally
+    An empty caption is kept: that item trains unconditionally. With frames == 1 an animation gives
+    its first frame; with more, F frames at `fps` by the file's own clock, the last one held.
+    Every file is decoded once here, so that a broken one is found now and not at step 10,000.
+
+    Raises ValueError if there is no such folder or nothing usable in it; what was skipped, and
+    why, is in `skipped` [(file, reason)] and in `report()`.
+    """
+    def __init__(self, path, size=(64, 64), frames=1, fps=4):
+        self.root, self.size, self.frames, self.fps = Path(path), tuple(size), frames, fps
+        self.items, self.skipped, self.notes, self.labels = [], [], [], []
+        if not self.root.is_dir():
+            what = "not a folder" if self.root.exists() else "no such folder"
+            raise ValueError(f"{what}, {path}; give a folder of pictures, or 'shapes'")
+        found = self._find()                                 # [(path, caption), ...]
+        for file, caption in tqdm(found, desc=f"checking {path}", disable=len(found) <= 500):
+            try:
+                self._load(file)
+            except Exception as error:                       # a broken file can raise anything
+                first = str(error).strip().split("\n")[0].replace(f"{self.root}/", "")
+                self.skipped.append((self._name(file), first or type(error).__name__))
+                continue
+            if len(caption) > MAX_CAPTION:
+                self.notes.append(f"caption cut at {MAX_CAPTION:,} characters: {self._name(file)}")
+            self.items.append((file, caption[:MAX_CAPTION]))
+        if not self.items:
+            why = f" ({self.skipped[0][0]}: {self.skipped[0][1]})" if self.skipped else ""
+            kind = "clip" if frames > 1 else "picture"
+            raise ValueError(f"no usable {kind}, {path}{why}; add some, each with a caption in NAME.txt")
+        if self.how == "class folders":
+            self.labels = sorted({caption for _, caption in self.items})
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        file, caption = self.items[i]
+        return self._load(file), caption
+
+    def report(self):
+        """What was found, as lines to print."""
+        kind = "pictures" if self.frames == 1 else f"clips of {self.frames} frames"
+        empty = sum(not caption for _, caption in self.items)
+        lines = [f"{self.root}: {len(self):,} {kind}, {self.size[0]}x{self.size[1]}, captions: {self.how}"]
+        lines += [f"  '{caption[:70]}'" for _, caption in self.items[:3] if caption]
+        if empty:
+            lines.append(f"  {empty:,} without words: these train unconditionally")
+        lines += [f"  {note}" for note in self.notes[:5]]
+        lines += [f"  skipped {file}: {reason}" for file, reason in self.skipped[:10]]
+        if len(self.skipped) > 10:
+            lines.append(f"  ... and {len(self.skipped) - 10:,} more skipped")
+        return lines
+
+    def _name(self, file):
+        return str(file.relative_to(self.root)) if file.is_relative_to(self.root) else str(file)
+
+    def _find(self):
+        """All files with their captions; sets `how`. Nothing is decoded yet."""
+        listed = self.root / "captions.jsonl"
+        if listed.is_file():
+            self.how = "captions.jsonl"
+            return list(self._listed(listed))
+        every = sorted(p for p in self.root.rglob("*")
+                       if not any(part.startswith(".") for part in p.relative_to(self.root).parts))
+        texts = {p.with_suffix("") for p in every if p.suffix == ".txt" and p.is_file()}
+        clips = [p for p in every if p.is_dir() and p in texts and _pictures_in(p)]
+        files = [p for p in every if p.suffix.lower() in PICTURES + VIDEOS and p.is_file()
+                 and p.parent not in clips]
+        if clips or any(p.with_suffix("") in texts for p in files):
+            self.how = "a .txt beside each file"
+            return [(p, caption) for p in sorted(files + clips)
+                    if (caption := self._beside(p)) is not None]
+        deep = [p for p in files if p.parent != self.root]
+        if deep:
+            self.how = "class folders"
+            self.skipped += [(p.name, "not in a class folder") for p in files if p.parent == self.root]
+            return [(p, p.relative_to(self.root).parts[0]) for p in deep]
+        self.how = "none, trains unconditionally"
+        return [(p, "") for p in files]
+
+    def _beside(self, file):
+        """The caption in NAME.txt, or None (and the reason is noted)."""
+        text = file.with_suffix(".txt") if file.is_file() else file.parent / (file.name + ".txt")
+        try:
+            with open(text, encoding="utf-8-sig") as f:
+                return " ".join(f.read(4 * MAX_CAPTION).split())
+        except UnicodeDecodeError:
+            self.skipped.append((self._name(file), f"{text.name} is not UTF-8 text"))
+        except OSError:
+            self.skipped.append((self._name(file), "no caption"))
+
+    def _listed(self, path):
+        """The (file, caption) pairs of a captions.jsonl, read line by line."""
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                where = f"captions.jsonl line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                    name, caption = row["file"], row["caption"]
+                    file = self.root / name
+                    inside = file.resolve().is_relative_to(self.root.resolve())
+                    words = " ".join(caption.split())
+                except UnicodeDecodeError:
+                    self.skipped.append((where, "not UTF-8 text"))
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    self.skipped.append((where, 'not {"file": "...", "caption": "..."}'))
+                else:
+                    if Path(name).is_absolute() or not inside:
+                        self.skipped.append((where, f"'{name}' lies outside of the folder"))
+                    elif not file.exists():
+                        self.skipped.append((where, f"no file '{name}'"))
+                    else:
+                        yield file, words
+
+    def _load(self, file):
+        """Path -> uint8 (F, H, W, 3)."""
+        if file.is_dir():
+            files = _pictures_in(file)
+            if not files:
+                raise ValueError("a folder, but not of pictures alone")
+            stream = ((k / self.fps, fit(p, self.size)) for k, p in enumerate(files))
+        elif file.suffix.lower() in VIDEOS:
+            stream = _video(file, self.size)
+        else:
+            stream = _animation(file, self.size, self.frames)
+        return np.stack(_sample(stream, self.frames, self.fps))
+
+
+def _pictures_in(folder):
+    """A folder's picture files in order, if it holds nothing else."""
+    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    return inside if all(p.is_file() and p.suffix.lower() in PICTURES for p in inside) else []
+
+
+def _sample(stream, frames, fps):
+    """From (start in seconds, frame) pairs, `frames` of them: the one on show at k / fps for each k,
+    the last held. Decodes no further than it must."""
+    taken, shown = [], None
+    for start, frame in stream:
+        while shown is not None and len(taken) < frames and start > len(taken) / fps + 1e-6:
+            taken.append(shown)
+        if len(taken) == frames:
+            return taken
+        shown = frame
+    if shown is None:
+        raise ValueError("holds no frame")
+    return taken + [shown] * (frames - len(taken))
+
+
+def _animation(file, size, frames):
+    """The (start, frame) pairs of a GIF or WebP; one pair for a still picture."""
+    with _opened(file) as image:
+        if frames > 1 and getattr(image, "n_frames", 1) == 1:
+            raise ValueError("a still picture; give it by --image-data")
+        start = 0.0
+        for k in range(frames and getattr(image, "n_frames", 1)):
+            image.seek(k)
+            yield start, fit(image, size)
+            start += (image.info.get("duration") or 100) / 1000        # milliseconds; none = 100
+
+
+def _video(file, size):
+    """The (start, frame) pairs of a video, through PyAV."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("reading videos needs: pip install -e '.[video]'") from None
+    with av.open(str(file)) as container:
+        first = None
+        for frame in container.decode(video=0):
+            time = float(frame.time or 0)
+            first = time if first is None else first
+            yield time - first, fit(frame.to_image(), size)
+
+
+def _opened(file):
+    """Image.open, with the size checked before anything is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # our limit is below
+        image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} is above {MAX_PIXELS // 10**6} megapixels")
+    return image
+
+
+def fit(image, size):
+    """A picture (PIL image or path) -> uint8 (H, W, 3): turned as EXIF says, centre-cropped to the
+    shape of H x W, resized. Raises what pillow raises on a broken file."""
+    if not isinstance(image, Image.Image):
+        with _opened(image) as image:
+            return fit(image, size)
+    high, wide = size
+    if image.format == "JPEG":               # decode a large JPEG at 1/2, 1/4, 1/8: cheap and exact
+        image.draft("RGB", (2 * max(size), 2 * max(size)))
+    turned = image.getexif().get(0x0112, 1)
+    if turned >= 5:                          # lies on its side: so does the crop
+        high, wide = wide, high
+    w, h = image.size
+    scale = min(w / wide, h / high)          # crop first: what follows sees no more than it needs
+    cw, ch = max(1, round(wide * scale)), max(1, round(high * scale))
+    x, y = (w - cw) // 2, (h - ch) // 2
+    image.load()
+    image = _rgb(image.crop((x, y, x + cw, y + ch))).resize((wide, high), Image.LANCZOS, reducing_gap=3.0)
+    turns = {2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}      # EXIF -> Image.Transpose
+    for turn in turns.get(turned, []):
+        image = image.transpose(Image.Transpose(turn))
+    return np.asarray(image)
+
+
+def _rgb(image):
+    """Any pillow mode -> RGB; what is transparent lies on white."""
+    if image.mode.startswith("I") or image.mode == "F":                # 16 or 32 bits a pixel
+        a = np.nan_to_num(np.asarray(image, np.float64))
+        top = 65535 if a.max() > 255 else 255 if a.max() > 1 or image.mode != "F" else 1
+        if image.mode.startswith("I;16"):
+            top = 65535
+        image = Image.fromarray(np.clip(a / top * 255 + 0.5, 0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+# -----------------------------------------------------------------------------
+# 7. One door
+# -----------------------------------------------------------------------------
+
+def open_data(name, size=(64, 64), frames=1, fps=4, level="basic", n=10_000, seed=0):
+    """"shapes" -> Shapes, anything else -> Folder. Raises ValueError as Folder does."""
+    if name == "shapes":
+        return Shapes(level, n, seed, size, frames)
+    return Folder(name, size, frames, fps)
+
+
+# -----------------------------------------------------------------------------
+# 8. Looking at it
+# -----------------------------------------------------------------------------
+
+def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):
+    """Pictures in a grid with their captions under them -> PIL.Image.
+
+    clips: uint8 arrays (F, H, W, 3) or (H, W, 3), all of one H x W; captions: as many strings;
+    notes: None, or as many (text, color) pairs or Nones, a second line and a frame in that color;
+    frame: which frame of each clip (past its end: its last); cell: width of a picture in pixels."""
+    font, small, gap = ImageFont.load_default(size=12), ImageFont.load_default(size=11), 12
+    clips = [clip[None] if clip.ndim == 3 else clip for clip in clips]
+    notes = notes or [None] * len(clips)
+    columns = max(1, min(columns, len(clips)))
+    h, w = clips[0].shape[1:3]
+    tall = round(cell * h / w)
+    lines = [[(line, font, "#222222") for line in _wrap(caption, font, cell)]
+             + [(line, small, note[1]) for line in (_wrap(note[0], small, cell) if note else [])]
+             for caption, note in zip(captions, notes)]
+    rows = [range(k, min(k + columns, len(clips))) for k in range(0, len(clips), columns)]
+    text = [15 * max(len(lines[k]) for k in row) + 6 for row in rows]  # a row is as high as its text
+    sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + sum(tall + t + gap for t in text)), "white")
+    pen, y = ImageDraw.Draw(sheet), gap
+    for row, room in zip(rows, text):
+        for x, k in zip(range(gap, sheet.width, cell + gap), row):
+            picture = Image.fromarray(clips[k][min(frame, len(clips[k]) - 1)])
+            enlarge = Image.NEAREST if cell % w == 0 and cell > w else Image.LANCZOS
+            sheet.paste(picture.resize((cell, tall), enlarge), (x, y))
+            edge = notes[k][1] if notes[k] else "#d8d8d8"
+            pen.rectangle((x - 1, y - 1, x + cell, y + tall), outline=edge, width=2 if notes[k] else 1)
+            for n, (line, face, color) in enumerate(lines[k]):
+                pen.text((x, y + tall + 4 + 15 * n), line, fill=color, font=face)
+        y += tall + room + gap
+    return sheet
+
+
+def _wrap(text, font, width, most=5):
+    """Text -> at most `most` lines no wider than `width` pixels; a word too long is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+        while font.getlength(lines[-1]) > width:
+            lines[-1] = lines[-1][:-2]
+    return lines if len(lines) <= most else [*lines[:most - 1], lines[most - 1][:-1] + "…"]
+
+
+def save_gif(path, images, fps=4):
+    """Writes PIL images as a GIF that loops for ever, `fps` images a second."""
+    # One palette, that of all the images together: colours then do not flicker between frames.
+    strip = Image.new("RGB", (images[0].width, images[0].height * len(images)))
+    for k, image in enumerate(images):
+        strip.paste(image, (0, k * image.height))
+    palette = strip.quantize(255, dither=Image.Dither.NONE)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def fail(message):
+    """One line on stderr, "error: what, where; try this", and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Look at the dataset: a sheet of it, captions below.")
+    parser.error = fail
+    parser.add_argument("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
+    parser.add_argument("--data", default="shapes", help="'shapes' or a folder of yours")
+    parser.add_argument("--world", default="full", choices=("basic", "full"), help="how much of the world")
+    parser.add_argument("--frames", type=int, default=1, help="frames a clip; 1 = pictures")
+    parser.add_argument("--fps", type=float, default=4, help="frames a second")
+    parser.add_argument("--size", default="64", metavar="H[xW]", help="picture size in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=24, help="how many items to show")
+    args = parser.parse_args(argv)
+
+    # All that can be wrong is checked before any work is done.
+    match, out = re.fullmatch(r"(\d+)(?:x(\d+))?", args.size), Path(args.preview)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(16 <= side <= 1024 for side in size):
+        fail(f"no such size, --size {args.size}; try 64 or 64x96 (16 to 1024 pixels)")
+    if args.frames < 1 or args.n < 1 or args.fps <= 0 or args.seed < 0:
+        fail("--frames, --n and --fps must be above 0 and --seed not below; try --frames 8 --n 24")
+    if out.suffix.lower() not in (".png", ".gif"):
+        fail(f"cannot write '{out.suffix}' files, {out}; try {out.with_suffix('.png')}")
+    if not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
+        fail(f"cannot write, {out}; try another --preview")
+    try:
+        data = open_data(args.data, size, args.frames, args.fps, args.world, args.n, args.seed)
+    except ValueError as error:
+        fail(error)
+    print("\n".join(data.report()) if isinstance(data, Folder) else
+          f"the shapes world ({args.world}), seed {args.seed}")
+    clips, captions = zip(*[data[i] for i in range(min(args.n, len(data)))])
+    sheets = [contact_sheet(clips, captions, frame=f) for f in range(args.frames)]
+    if out.suffix.lower() == ".gif":
+        save_gif(out, sheets, args.fps)
+    else:
+        sheets[0].save(out)                                  # of clips, their first frames
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

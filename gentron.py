@@ -1,0 +1,914 @@
+"""
+gentron.py: GenTron, text to image and text to video with Diffusion Transformers, in one file.
+
+The paper: Chen et al., "GenTron: Diffusion Transformers for Image and Video Generation",
+CVPR 2024, arXiv:2312.04557. If you know DiT (Peebles & Xie 2023), then GenTron = DiT +
+  1. text for classes: cross-attention to text tokens, adaLN keeps the time and a pooled text
+  2. two text encoders, interleaved: block k reads encoder k mod K
+  3. video: a temporal self-attention in every block, which starts as "add nothing"
+  4. joint image-video training: a picture is a still clip whose frames do not see each other
+  5. motion-free guidance: "motion" is a condition like text, and can be guided like text
+
+          x (B, F N, D)                             c = time + pooled text (B, D)
+          |                                                 |
+          +--> LN, scale, shift -> self-attention  -> gate --(+)     N tokens of a frame   <- c
+          +--> LN               -> cross-attention ---------(+)     image asks, text answers
+          +--> LN               -> temporal attention ------(+)     F moments of a token  <- motion
+          +--> LN, scale, shift -> MLP             -> gate --(+)     each token by itself  <- c
+          v
+          x (B, F N, D)
+
+    from gentron import GenTronConfig, PRESETS, GenTron, Text
+    cfg = GenTronConfig(**PRESETS["XL/2"], text_dims=(768, 4096), temporal=True)
+    out = GenTron(cfg)(z, t, text, motion)         # (B, F, C, H, W) in, the same out
+
+Shapes: B batch, F frames, C channels, H W latent height and width, N tokens a frame, L text tokens,
+D width, h heads. A picture is a clip with F = 1: latents are always (B, F, C, H, W).
+Masks: True = may be attended. `# OURS:` marks what the paper leaves open, with our reason.
+
+  paper                                   here
+  3.1 latent diffusion, noise schedule    NoiseSchedule, VAE
+  3.2 text through adaLN or cross         Block, GenTron, TextEncoder
+  3.3 scaling up (Table 1)                PRESETS
+  3.4 temporal attention                  Attention(pos=, motion=), Block
+      joint training, motion-free         training_loss
+      motion-free guidance                guided
+"""
+
+import math
+import os
+import re
+import zipfile
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# 1. Configuration (paper, Table 1)
+# -----------------------------------------------------------------------------
+
+PRESETS = {  # sizes only; parameters counted with cross-attention to CLIP-L + T5-XXL, no temporal layers
+    "nano": dict(depth=6,  width=192,  heads=6,  patch_size=2),   #    6.7 M with the small text encoder
+    "S/2":  dict(depth=12, width=384,  heads=6,  patch_size=2),   #   60.3 M
+    "B/2":  dict(depth=12, width=768,  heads=12, patch_size=2),   #  193.3 M
+    "L/2":  dict(depth=24, width=1024, heads=16, patch_size=2),   #  632.1 M
+    "XL/2": dict(depth=28, width=1152, heads=16, patch_size=2),   #  910.2 M (the paper: 930.0)
+    "G/2":  dict(depth=48, width=1664, heads=16, patch_size=2),   # 3066.0 M (the paper: 3083.8)
+}
+
+
+@dataclass
+class GenTronConfig:
+    """Everything that decides the shapes of the Transformer's weights.
+
+    Raises ValueError for values that cannot be built."""
+    depth: int = 12                      # blocks
+    width: int = 384                     # D, channels of a token
+    heads: int = 6                       # D / heads channels each
+    patch_size: int = 2                  # p: a token is p x p latent positions
+    in_channels: int = 4                 # C of the latents
+    mlp_ratio: int = 4                   # MLP width / D
+    text_dims: tuple = (768, 4096)       # channels of each text encoder; CLIP-L and T5-XXL; () = no text
+    conditioning: str = "cross"          # "cross" (the paper's choice) or "adaln" (its ablation)
+    temporal: bool = False               # video: a temporal self-attention in every block
+
+    def __post_init__(self):
+        self.text_dims = tuple(self.text_dims)
+        for name in ("depth", "width", "heads", "patch_size", "in_channels", "mlp_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= 65536:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to 65536")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by 4 (sines and cosines of two axes)")
+        if self.conditioning not in ("cross", "adaln"):
+            raise ValueError(f"conditioning is '{self.conditioning}'; it must be 'cross' or 'adaln'")
+        if not all(isinstance(d, int) and 1 <= d <= 65536 for d in self.text_dims):
+            raise ValueError(f"text_dims is {self.text_dims}; it must hold whole numbers from 1 to 65536")
+
+    @property
+    def pooled_dim(self):
+        """Channels of the pooled text that enters adaLN: all encoders' side by side."""
+        return sum(self.text_dims)
+
+
+# -----------------------------------------------------------------------------
+# 2. Embeddings
+# -----------------------------------------------------------------------------
+
+def sincos(position, dim, max_period=10_000):
+    """(...,) positions -> (..., dim): sines, then cosines, of dim / 2 geometric frequencies.
+
+    One function for timesteps, rows, columns, frames and words. Nothing is learned, so any grid and
+    any number of frames load into any checkpoint."""
+    frequencies = max_period ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))
+    angles = position[..., None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def grid_positions(high, wide, dim, device=None):
+    """(high * wide, dim): where each token of a frame lies; half of the channels say the column,
+    half the row (as in DiT)."""
+    rows = torch.arange(high, device=device).repeat_interleave(wide)
+    columns = torch.arange(wide, device=device).repeat(high)
+    return torch.cat([sincos(columns, dim // 2), sincos(rows, dim // 2)], dim=-1)
+
+
+def patchify(z, p):
+    """(B, F, C, H, W) -> (B, F * N, p * p * C), N = (H / p) * (W / p), row by row."""
+    B, T, C, H, W = z.shape
+    z = z.reshape(B, T, C, H // p, p, W // p, p)
+    return z.permute(0, 1, 3, 5, 4, 6, 2).reshape(B, T * (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(x, p, shape):
+    """The inverse of `patchify`; shape is z's (B, F, C, H, W)."""
+    B, T, C, H, W = shape
+    x = x.reshape(B, T, H // p, W // p, p, p, C)
+    return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, T, C, H, W)
+
+
+# -----------------------------------------------------------------------------
+# 3. The Transformer (paper, 3.2 and 3.4)
+# -----------------------------------------------------------------------------
+
+def norm(x):
+    """LayerNorm without weights: adaLN's shift and scale take their place."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Multi-head attention, written out: softmax(q k^T / sqrt(D / h)) v, for all three uses.
+
+    self:      attention(x)                       tokens of one frame look at each other
+    cross:     attention(x, kv=..., mask=...)     image tokens look at text tokens
+    temporal:  attention(x, pos=..., motion=...)  one token's F moments look at each other
+    """
+    def __init__(self, width, heads, kv_dim=None):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(kv_dim or width, 2 * width)     # keys and values in one product
+        self.out = nn.Linear(width, width)
+
+    def split(self, x):
+        """(B, T, D) -> (B, h, T, D / h): every head is its own batch item."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, y):
+        """(B, L, kv_dim) -> k, v, each (B, h, L, D / h). Text's are computed once a prompt."""
+        k, v = self.kv(y).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+    def forward(self, x, kv=None, mask=None, pos=None, motion=None):
+        """x (B, T, D); kv from `keys_values`, or None for self-attention; mask bool (B, L);
+        pos (T, D), seen by queries and keys only; motion bool (B,). Returns (B, T, D)."""
+        q = self.split(self.q(x))                                          # (B, h, T, D/h)
+        k, v = self.keys_values(x) if kv is None else kv                   # (B, h, L, D/h)
+        if pos is not None:
+            # q and k read x + pos, v reads x. W (x + p) = W x + W p, and W p is the same for all:
+            q = q + self.split(F.linear(pos[None], self.q.weight))
+            k = k + self.split(F.linear(pos[None], self.kv.weight[:q.shape[1] * q.shape[3]]))
+        mask = None if mask is None else mask[:, None, None, :]            # (B, 1, 1, L)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # (B, h, T, D/h)
+        if motion is not None:
+            # Motion-free = the identity mask of paper 3.4: each frame sees only itself. A softmax over
+            # one key is 1, so what comes out is v itself: exact, and no mask tensor is needed.
+            y = torch.where(motion[:, None, None, None], y, v)
+        return self.out(y.transpose(1, 2).flatten(2))                      # (B, T, D)
+
+
+class Block(nn.Module):
+    """One GenTron block: DiT's two branches (self-attention, MLP), with text and time between them."""
+    def __init__(self, cfg, text_dim):
+        super().__init__()
+        D = cfg.width
+        self.modulation = nn.Linear(D, 6 * D)                              # adaLN-Zero
+        self.attn = Attention(D, cfg.heads)
+        self.cross = Attention(D, cfg.heads, text_dim) if text_dim else None
+        self.temporal = Attention(D, cfg.heads) if cfg.temporal else None
+        self.mlp = nn.Sequential(nn.Linear(D, cfg.mlp_ratio * D), nn.GELU(approximate="tanh"),
+                                 nn.Linear(cfg.mlp_ratio * D, D))
+
+    def forward(self, x, c, kv, mask, frames, pos, motion):
+        """x (B, F N, D), c (B, D), kv and mask the text's, pos (F, D), motion bool (B,)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = \
+            self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)           # each (B, 1, D)
+        x = x + gate1 * self.within_frames(modulate(norm(x), shift1, scale1), frames)
+        if self.cross is not None:
+            x = x + self.cross(norm(x), kv, mask)
+        if self.temporal is not None:
+            x = x + self.across_frames(norm(x), frames, pos, motion)
+        return x + gate2 * self.mlp(modulate(norm(x), shift2, scale2))
+
+    def within_frames(self, x, frames):
+        """Self-attention among the N tokens of each frame."""
+        return self.attn(x.unflatten(1, (frames, -1)).flatten(0, 1)).reshape(x.shape)  # (B F) N D
+
+    def across_frames(self, x, frames, pos, motion):
+        """TempSelfAttn, paper 3.4: among the F moments of each token, `(b t) n d -> (b n) t d`."""
+        B, FN, D = x.shape
+        y = x.view(B, frames, FN // frames, D).transpose(1, 2).flatten(0, 1)           # (B N) F D
+        motion = None if motion is None else motion.repeat_interleave(FN // frames)    # (B N,)
+        y = self.temporal(y, pos=pos, motion=motion)                                   # (B N) F D
+        return y.view(B, FN // frames, frames, D).transpose(1, 2).reshape(B, FN, D)
+
+
+@dataclass
+class Text:
+    """Encoded captions. One entry an encoder: tokens (B, L, D_k) and bool mask (B, L), True = a real
+    token; pooled (B, pooled_dim)."""
+    tokens: tuple
+    mask: tuple
+    pooled: torch.Tensor
+
+    def to(self, device):
+        return Text(tuple(x.to(device) for x in self.tokens), tuple(m.to(device) for m in self.mask),
+                    self.pooled.to(device))
+
+    @staticmethod
+    def cat(texts):
+        """Several Texts as one batch, padded to the longest."""
+        def join(parts):
+            longest = max(p.shape[1] for p in parts)
+            pads = [[0, 0] * (p.ndim - 2) + [0, longest - p.shape[1]] for p in parts]
+            return torch.cat([F.pad(p, pad) for p, pad in zip(parts, pads)])
+        return Text(tuple(join(x) for x in zip(*(t.tokens for t in texts))),
+                    tuple(join(m) for m in zip(*(t.mask for t in texts))),
+                    torch.cat([t.pooled for t in texts]))
+
+
+@dataclass
+class ReadText:
+    """What the Transformer makes of a Text: keys and values for each block, its mask, and pooled
+    text as channels of D. It depends on neither z nor t, so sampling computes it once a prompt."""
+    kv: list
+    mask: list
+    pooled: torch.Tensor
+
+
+class GenTron(nn.Module):
+    """The Transformer: noisy latents, a timestep, a text -> the network's raw output (eps or v)."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        D, patch = cfg.width, cfg.patch_size ** 2 * cfg.in_channels
+        cross = cfg.conditioning == "cross" and cfg.text_dims
+        text_dims = [cfg.text_dims[k % len(cfg.text_dims)] if cross else None for k in range(cfg.depth)]
+        self.patch = nn.Linear(patch, D)
+        self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.pooled = nn.Linear(cfg.pooled_dim, D) if cfg.text_dims else None
+        self.blocks = nn.ModuleList(Block(cfg, text_dim) for text_dim in text_dims)  # interleaved: k mod K
+        self.final_modulation = nn.Linear(D, 2 * D)
+        self.final = nn.Linear(D, patch)
+        self.checkpoint_activations = False      # recompute blocks in the backward pass: less memory
+        self.initialize()
+
+    def initialize(self):
+        """All initialisation, in one place, called last. Every block starts as the identity."""
+        # every matrix: Xavier uniform, as in DiT; every bias: zero
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        # timestep MLP: normal(0.02), as in DiT
+        nn.init.normal_(self.time[0].weight, std=0.02)
+        nn.init.normal_(self.time[2].weight, std=0.02)
+        # adaLN-Zero: gates, and so both of DiT's branches, start at zero; the output starts at zero
+        zero = [self.final_modulation, self.final]
+        for block in self.blocks:
+            zero.append(block.modulation)
+            # cross and temporal attention have no gate: their output projection starts at zero, so a
+            # fresh video model is its image parent (paper 3.4)
+            zero += [attention.out for attention in (block.cross, block.temporal) if attention is not None]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def read(self, text):
+        """Text -> ReadText. Raises ValueError if the text is not of the encoders in `cfg.text_dims`."""
+        if self.pooled is None:
+            return ReadText([None] * self.cfg.depth, [None] * self.cfg.depth, 0)
+        dims = tuple(x.shape[-1] for x in text.tokens)
+        if dims != self.cfg.text_dims:
+            raise ValueError(f"text has widths {dims}, this model reads {self.cfg.text_dims}")
+        # OURS: tokens are layer-normalised here: T5's are many times the size of CLIP's
+        tokens = [norm(x) for x in text.tokens]
+        kv, mask = [], []
+        for k, block in enumerate(self.blocks):
+            i = k % len(tokens)
+            kv.append(block.cross.keys_values(tokens[i]) if block.cross is not None else None)
+            mask.append(text.mask[i])
+        return ReadText(kv, mask, self.pooled(text.pooled))
+
+    def forward(self, z, t, text=None, motion=None):
+        """z (B, F, C, H, W), t (B,) in steps of the schedule, text a Text or ReadText, motion bool
+        (B,): None = all on, False = motion-free. Returns (B, F, C, H, W)."""
+        B, frames, C, H, W = z.shape
+        p, D = self.cfg.patch_size, self.cfg.width
+        if H % p or W % p:
+            raise ValueError(f"latents of {H} x {W} are not divisible by patch size {p}")
+        text = text if isinstance(text, ReadText) else self.read(text)
+        x = self.patch(patchify(z, p))                                     # (B, F N, D)
+        x = x + grid_positions(H // p, W // p, D, z.device).repeat(frames, 1)
+        c = self.time(sincos(t, 256)) + text.pooled                        # (B, D)
+        pos = sincos(torch.arange(frames, device=z.device), D)             # (F, D)
+        for block, kv, mask in zip(self.blocks, text.kv, text.mask):
+            if self.checkpoint_activations and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, c, kv, mask, frames, pos, motion,
+                                                      use_reentrant=False)
+            else:
+                x = block(x, c, kv, mask, frames, pos, motion)             # (B, F N, D)
+        shift, scale = self.final_modulation(F.silu(c))[:, None].chunk(2, dim=-1)
+        x = self.final(modulate(norm(x), shift, scale))                    # (B, F N, p p C)
+        return unpatchify(x, p, z.shape)                                   # (B, F, C, H, W)
+
+
+# -----------------------------------------------------------------------------
+# 4. Diffusion (paper, 3.1): the schedule, the training loss, three samplers
+# -----------------------------------------------------------------------------
+
+class NoiseSchedule:
+    """z_t = alpha_t z_0 + sigma_t noise, alpha^2 + sigma^2 = 1, t = 0 .. steps - 1.
+
+    kind "linear" with objective "eps" is DDPM's and the paper's. "cosine" with "v" (predict
+    v = alpha noise - sigma z_0) is for small latents, which the linear schedule drowns early.
+    """
+    def __init__(self, kind="linear", objective="eps", steps=1000):
+        if kind not in ("linear", "cosine"):
+            raise ValueError(f"schedule is '{kind}'; it must be 'linear' or 'cosine'")
+        if objective not in ("eps", "v"):
+            raise ValueError(f"objective is '{objective}'; it must be 'eps' or 'v'")
+        self.kind, self.objective, self.steps = kind, objective, steps
+        if kind == "linear":
+            # OURS: the paper gives no betas; these are DDPM's (Ho et al. 2020)
+            betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
+        else:                                              # Nichol & Dhariwal 2021, equation 17
+            level = lambda t: math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = torch.tensor([min(1 - level(t + 1) / level(t), 0.999) for t in range(steps)],
+                                 dtype=torch.float64)
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)  # alpha_t^2
+        # One more entry at the end, so that t = -1 reads "no noise left": alpha 1, sigma 0
+        self.alpha = torch.cat([self.alphas_cumprod, torch.ones(1, dtype=torch.float64)]).sqrt()
+        self.sigma = (1 - self.alpha ** 2).sqrt()
+
+    def at(self, t, like):
+        """alpha_t and sigma_t, shaped to multiply `like` (B, ...)."""
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return (self.alpha[t.cpu()].to(like).view(shape), self.sigma[t.cpu()].to(like).view(shape))
+
+    def q_sample(self, z0, t, noise):
+        """Clean latents -> latents at step t, in one go."""
+        alpha, sigma = self.at(t, z0)
+        return alpha * z0 + sigma * noise
+
+    def target(self, z0, t, noise):
+        """What the network should answer."""
+        if self.objective == "eps":
+            return noise
+        alpha, sigma = self.at(t, z0)
+        return alpha * noise - sigma * z0
+
+    def read(self, out, z, alpha, sigma):
+        """The network's raw output -> its z0 and its eps. Both straight from the output: z0 by way of
+        eps divides by alpha, and at high noise a v model would lose all digits in bf16."""
+        if self.objective == "eps":
+            return (z - sigma * out) / alpha, out
+        return alpha * z - sigma * out, sigma * z + alpha * out
+
+    def timesteps(self, n):
+        """n steps from pure noise down ("trailing" spacing): 999, 959, ... 39 for n = 25."""
+        if not 1 <= n <= self.steps:
+            raise ValueError(f"{n} sampling steps; it must be a whole number from 1 to {self.steps}")
+        return [round(self.steps - k * self.steps / n) - 1 for k in range(n)]
+
+    def denoise(self, predict, z, steps=25, sampler="dpm++", generators=None):
+        """Generator: walks from noise z (B, ...) to clean latents; yields (t, z, z0) after each step:
+        the timestep just used, the latents now, the estimate of the clean latents. The last z is z0.
+
+        predict(z, t) -> the raw output. sampler "ddim" (Song et al. 2021, eta = 0), "ddpm" (Ho et al.
+        2020, with one torch.Generator an item) or "dpm++" (Lu et al. 2022, DPM-Solver++(2M))."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
+        times = self.timesteps(steps) + [-1]
+        before = None                                     # dpm++ remembers (z0, t) of the last step
+        for t, s in zip(times, times[1:]):                # from t to the less noisy s
+            alpha, sigma = self.alpha[t].item(), self.sigma[t].item()
+            out = predict(z, torch.full((len(z),), t, device=z.device)).float()
+            z0, eps = self.read(out, z, alpha, sigma)
+            z = SAMPLERS[sampler](self, z, z0, eps, t, s, before, generators)
+            before = (z0, t)
+            yield t, z, z0
+
+    def sample(self, predict, z, steps=25, sampler="dpm++", generators=None):
+        """`denoise` to the end: noise (B, ...) -> clean latents (B, ...)."""
+        for _, z, _ in self.denoise(predict, z, steps, sampler, generators):
+            pass
+        return z
+
+
+def ddim(schedule, z, z0, eps, t, s, before, generators):
+    """Put the predicted noise back, at the lower level."""
+    return schedule.alpha[s].item() * z0 + schedule.sigma[s].item() * eps
+
+
+def ddpm(schedule, z, z0, eps, t, s, before, generators):
+    """A draw from q(z_s | z_t, z0): a mean between z0 and z_t, and fresh noise but at the last step."""
+    a_t, a_s = schedule.alpha[t].item() ** 2, schedule.alpha[s].item() ** 2
+    beta = 1 - a_t / a_s                                  # of the whole stride from s to t
+    mean = (a_s ** 0.5 * beta * z0 + (a_t / a_s) ** 0.5 * (1 - a_s) * z) / (1 - a_t)
+    if s < 0:
+        return mean                                       # = z0
+    fresh = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
+    return mean + math.sqrt(beta * (1 - a_s) / (1 - a_t)) * fresh
+
+
+def dpm_solver_pp(schedule, z, z0, eps, t, s, before, generators):
+    """Exact for the linear part of the ODE, second order in z0: the last two estimates give its slope
+    in lambda = log(alpha / sigma). The first and the last step are first order."""
+    if s < 0:
+        return z0
+    lam = lambda i: math.log(schedule.alpha[i].item() / schedule.sigma[i].item())
+    h = lam(s) - lam(t)
+    if before is not None:
+        r = (lam(t) - lam(before[1])) / h
+        z0 = z0 + (z0 - before[0]) / (2 * r)
+    return schedule.sigma[s].item() / schedule.sigma[t].item() * z \
+        - schedule.alpha[s].item() * math.expm1(-h) * z0
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
+
+
+@dataclass
+class Draws:
+    """All the randomness of one training step: t (B,), noise (B, F, C, H, W), drop_text and still
+    bool (B,)."""
+    t: torch.Tensor
+    noise: torch.Tensor
+    drop_text: torch.Tensor
+    still: torch.Tensor
+
+    def __getitem__(self, part):
+        return Draws(self.t[part], self.noise[part], self.drop_text[part], self.still[part])
+
+
+def randomness(seed, step, shape, p_drop_text=0.0, p_still=0.0, timesteps=1000):
+    """Draws for the whole global batch of one step, shape (B, F, C, H, W): a function of
+    (seed, step) alone. Processes and micro-batches take slices of it, so their number never changes a
+    run, nor does stopping and going on. Drawn on the CPU: the same on every device."""
+    g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    # OURS: 10 % of captions are dropped, the field's usual rate for classifier-free guidance
+    drop_text = torch.rand(shape[0], generator=g) < p_drop_text
+    still = torch.rand(shape[0], generator=g) < p_still
+    t = torch.randint(timesteps, (shape[0],), generator=g)
+    return Draws(t, torch.randn(shape, generator=g), drop_text, still)
+
+
+def training_loss(model, encoder, schedule, z0, captions, draws):
+    """The loss of each item, (B,): mean squared error of the network's answer (paper 3.1).
+
+    Both conditions are dropped here, in sight. Text: the caption becomes "" (so the null text is
+    exactly what sampling will use). Motion (paper 3.4): an item drawn as `still` holds one picture
+    repeated F times, and its frames do not see each other."""
+    captions = ["" if drop else caption for caption, drop in zip(captions, draws.drop_text.tolist())]
+    motion = ~draws.still.to(z0.device) if model_config(model).temporal else None
+    t, noise = draws.t.to(z0.device), draws.noise.to(z0.device)
+    out = model(schedule.q_sample(z0, t, noise), t, encoder(captions), motion)
+    error = out.float() - schedule.target(z0, t, noise)     # in fp32, whatever the model runs in
+    return error.square().flatten(1).mean(1)
+
+
+def model_config(model):
+    """The config of a GenTron, also behind DistributedDataParallel or torch.compile."""
+    while not hasattr(model, "cfg"):
+        model = getattr(model, "module", None) or model._orig_mod
+    return model.cfg
+
+
+# -----------------------------------------------------------------------------
+# 5. Guidance (paper, 3.4)
+# -----------------------------------------------------------------------------
+
+def guided(model, text, null, cfg=4.0, motion_scale=1.0):
+    """Text guidance and motion-free guidance in one: returns predict(z, t) for the samplers.
+
+    The paper adds two differences to the unconditional prediction,
+
+        e(null, off) + l_T (e(text, on) - e(null, on)) + l_M (e(null, on) - e(null, off)),
+
+    l_T = cfg, l_M = motion_scale. Collected by network evaluation that is
+
+        l_T e(text, on)  +  (l_M - l_T) e(null, on)  +  (1 - l_M) e(null, off),
+
+    weights that sum to 1, so they apply to eps and to v alike. A weight of zero is not evaluated:
+    motion_scale = 1 is plain text guidance, both 1 the conditional model. motion_scale = None turns
+    temporal attention off everywhere: l_T e(text, off) + (1 - l_T) e(null, off).
+
+    text, null: Texts of B rows (null may have 1). The branches run as one batch; their keys and
+    values are computed here, once, not at every step."""
+    if motion_scale is None:
+        branches = [(cfg, text, False), (1 - cfg, null, False)]
+    else:
+        branches = [(cfg, text, True), (motion_scale - cfg, null, True), (1 - motion_scale, null, False)]
+    branches = [branch for branch in branches if branch[0] != 0]
+    B = len(text.pooled)
+    widen = lambda x: x.expand(B, *x.shape[1:])
+    rows = [Text(tuple(map(widen, x.tokens)), tuple(map(widen, x.mask)), widen(x.pooled))
+            for _, x, _ in branches]
+    read = model.read(Text.cat(rows))
+    n = len(branches)
+    motion = torch.tensor([on for _, _, on in branches], device=text.pooled.device).repeat_interleave(B)
+    weights = torch.tensor([w for w, _, _ in branches], device=text.pooled.device)
+
+    def predict(z, t):
+        out = model(z.repeat(n, 1, 1, 1, 1), t.repeat(n), read, motion).float()
+        return torch.einsum("n,nbfchw->bfchw", weights, out.unflatten(0, (n, B)))
+    return predict
+
+
+# -----------------------------------------------------------------------------
+# 6. Text (paper, 3.2)
+# -----------------------------------------------------------------------------
+
+def split_words(caption):
+    """'An orange circle!' -> ['a', 'orange', 'circle']. A CJK character is a word of its own."""
+    found = re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+", caption.lower())
+    return ["a" if word == "an" else word for word in found]
+
+
+class WordEncoder(nn.Module):
+    """The small text encoder: a word-level vocabulary and a two-layer Transformer, trained together
+    with the model. (The paper's are frozen CLIP and T5: `FrozenEncoder`. OURS: this one learns a small
+    world's few dozen words in minutes, on a laptop, offline.)"""
+    PAD, START, UNKNOWN = 0, 1, 2        # START makes sure that "" has one real token
+
+    def __init__(self, vocabulary, dim=128, depth=2, heads=4, max_words=64):
+        super().__init__()
+        self.vocabulary, self.max_words, self.dim = list(vocabulary), max_words, dim
+        self.index = {word: k + 3 for k, word in enumerate(self.vocabulary)}
+        self.words = nn.Embedding(len(self.vocabulary) + 3, dim)
+        self.attn = nn.ModuleList(Attention(dim, heads) for _ in range(depth))
+        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+                                 for _ in range(depth))
+
+    def forward(self, captions):
+        """List of B strings -> tokens (B, L, dim), mask (B, L), pooled (B, dim)."""
+        rows = [[self.START] + [self.index.get(word, self.UNKNOWN) for word in split_words(caption)]
+                for caption in captions]
+        L = min(self.max_words, max(map(len, rows)))
+        ids = torch.tensor([(row + [self.PAD] * L)[:L] for row in rows], device=self.words.weight.device)
+        mask = ids != self.PAD                                             # (B, L)
+        x = self.words(ids) + sincos(torch.arange(L, device=ids.device), self.dim)
+        for attn, mlp in zip(self.attn, self.mlp):
+            y = norm(x)
+            x = x + attn(y, attn.keys_values(y), mask)                     # (B, L, dim)
+            x = x + mlp(norm(x))
+        x = norm(x)
+        return x, mask, (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def unknown(self, caption):
+        return [word for word in split_words(caption) if word not in self.index]
+
+
+class LabelEncoder(nn.Module):
+    """Classes in place of sentences: a learned vector a class, and one for none. With adaLN
+    conditioning the model is then exactly DiT, where the paper starts."""
+    def __init__(self, vocabulary, dim=128):
+        super().__init__()
+        self.vocabulary, self.dim = list(vocabulary), dim
+        self.index = {label: k + 1 for k, label in enumerate(self.vocabulary)} | {"": 0}
+        self.labels = nn.Embedding(len(self.vocabulary) + 1, dim)
+
+    def forward(self, captions):
+        """List of B strings -> tokens (B, 1, dim), mask (B, 1), pooled (B, dim)."""
+        ids = torch.tensor([self.index[caption] for caption in captions], device=self.labels.weight.device)
+        x = self.labels(ids)
+        return x[:, None], torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device), x
+
+    def unknown(self, caption):
+        return [] if caption in self.index else [caption]
+
+
+class TextEncoder(nn.Module):
+    """Captions -> Text, through one or several encoders.
+
+    spec: "small", "small+small", "labels", "none"; "clip", "t5", "clip+t5", or the names or folders of
+    other encoders of the transformers library, joined by +. vocabulary: words (small) or class
+    names (labels). Raises ValueError for a combination that makes no sense."""
+    def __init__(self, spec="small", vocabulary=(), dim=128):
+        super().__init__()
+        self.spec, self.vocabulary, self.dim = spec, list(vocabulary), dim
+        parts = [] if spec == "none" else spec.split("+")
+        if "none" in parts or "" in parts or ("labels" in parts and len(parts) > 1):
+            raise ValueError(f"text '{spec}': 'none' and 'labels' stand alone, others are joined by +")
+        make = {"small": WordEncoder, "labels": LabelEncoder}
+        self.encoders = nn.ModuleList(make[part](self.vocabulary, dim) if part in make
+                                      else FrozenEncoder(part) for part in parts)
+        self.trained = any(part in make for part in parts)
+        self.dims = tuple(encoder.dim for encoder in self.encoders)
+        self.register_buffer("nothing", torch.zeros(0), persistent=False)   # knows the device
+
+    def forward(self, captions):
+        """List of B strings -> Text. The null text is the encoding of ""."""
+        if not self.encoders:
+            return Text((), (), self.nothing.new_zeros(len(captions), 0))
+        tokens, mask, pooled = zip(*(encoder(captions) for encoder in self.encoders))
+        return Text(tokens, mask, torch.cat(pooled, dim=-1))
+
+    def unknown(self, caption):
+        """Words (or the class) that an encoder has never heard of."""
+        return sorted({word for encoder in self.encoders for word in encoder.unknown(caption)})
+
+
+class FrozenEncoder(nn.Module):
+    """A pretrained text encoder through transformers, never trained (paper 3.2: CLIP-L, Flan-T5-XXL).
+
+    name: "clip", "t5", or a name or local folder. CLIP's pooled output is its own; T5 has none, so
+    the mean over real tokens is taken (OURS: the paper does not say). Raises ValueError, in one line,
+    if the package, the weights or the network are missing."""
+    NAMES = {"clip": "openai/clip-vit-large-patch14", "t5": "google/flan-t5-xxl"}
+
+    def __init__(self, name, max_tokens=120):
+        super().__init__()
+        try:
+            from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+        except ImportError:
+            raise ValueError(f"text '{name}' needs the transformers package; "
+                             f"try: pip install -e '.[pretrained]'") from None
+        path = self.NAMES.get(name, name)
+        try:
+            kind = AutoConfig.from_pretrained(path).model_type
+            self.clip = kind.startswith("clip")
+            if not (self.clip or kind in ("t5", "mt5", "umt5")):
+                raise ValueError(f"'{path}' is a {kind} model; CLIP and T5 text encoders are known")
+            # bf16 on a GPU halves T5-XXL; never fp16, in which T5 overflows
+            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            self.net = (CLIPTextModel if self.clip else T5EncoderModel).from_pretrained(path, dtype=dtype)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text encoder '{path}' cannot be loaded ({str(error).splitlines()[0][:200]}); "
+                             f"try a local folder, or with a network: hf download {path}") from None
+        self.net.requires_grad_(False).eval()
+        self.dim = self.net.config.hidden_size if self.clip else self.net.config.d_model
+        self.max_tokens = min(max_tokens, self.net.config.max_position_embeddings) if self.clip else max_tokens
+
+    def train(self, mode=True):
+        return super().train(False)                        # frozen: no dropout, ever
+
+    @torch.no_grad()
+    def forward(self, captions):
+        """List of B strings -> tokens (B, L, dim), mask (B, L), pooled (B, dim), all fp32."""
+        batch = self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_tokens,
+                               return_tensors="pt").to(self.net.device)
+        out = self.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        x, mask = out.last_hidden_state.float(), batch.attention_mask.bool()
+        pooled = out.pooler_output.float() if self.clip else (x * mask[..., None]).sum(1) / mask.sum(1, True)
+        return x * mask[..., None], mask, pooled
+
+    def unknown(self, caption):
+        return []
+
+
+# -----------------------------------------------------------------------------
+# 7. Autoencoder (paper, 3.1: a frozen KL autoencoder, 8x down, 4 channels)
+# -----------------------------------------------------------------------------
+
+class ResBlock(nn.Module):
+    """x + conv(conv(x)), each behind a GroupNorm and a SiLU."""
+    def __init__(self, channels):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class VAE(nn.Module):
+    """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, 4, H/8, W/8).
+
+    encoder and decoder list the channels of each level; every level but the first halves the grid, and
+    so does the pixel-unshuffle at the door. `encode` returns latents of mean 0 and standard deviation 1 a
+    channel, by the `mean` and `std` measured after training and stored with the weights (instead of a
+    magic 0.18215)."""
+    def __init__(self, encoder=(24, 48, 96), decoder=(96, 64, 32), channels=4, kl=1e-4):
+        super().__init__()
+        self.config = dict(encoder=list(encoder), decoder=list(decoder), channels=channels, kl=kl)
+        if not (1 <= len(encoder) == len(decoder) <= 8
+                and all(isinstance(c, int) and c % 8 == 0 and 8 <= c <= 4096 for c in [*encoder, *decoder])
+                and isinstance(channels, int) and 1 <= channels <= 256):
+            raise ValueError(f"autoencoder {self.config}: as many encoder as decoder levels, each of a "
+                             f"multiple of 8 channels")
+        self.channels, self.down, self.kl = channels, 2 ** len(encoder), kl
+        layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, encoder[0], 3, padding=1)]
+        for c, below in zip(encoder, [*encoder[1:], None]):
+            layers.append(ResBlock(c))
+            if below:
+                layers.append(nn.Conv2d(c, below, 3, stride=2, padding=1))
+        layers += [nn.GroupNorm(8, encoder[-1]), nn.SiLU(), nn.Conv2d(encoder[-1], 2 * channels, 3, padding=1)]
+        self.encoder = nn.Sequential(*layers)
+        layers = [nn.Conv2d(channels, decoder[0], 3, padding=1)]
+        for c, above in zip(decoder, [*decoder[1:], None]):
+            layers += [ResBlock(c), ResBlock(c)] if above else [ResBlock(c)]
+            if above:
+                layers += [nn.Conv2d(c, 4 * above, 1), nn.PixelShuffle(2)]
+        layers += [nn.GroupNorm(8, decoder[-1]), nn.SiLU(), nn.Conv2d(decoder[-1], 12, 3, padding=1),
+                   nn.PixelShuffle(2)]
+        self.decoder = nn.Sequential(*layers)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def forward(self, x, noise):
+        """The training loss of each item, (B,): x (B, F, 3, H, W), noise as `posterior`'s mean."""
+        mean, logvar = self.posterior(x)
+        y = self.decoder((mean + noise * (0.5 * logvar).exp()).flatten(0, 1)).unflatten(0, x.shape[:2])
+        error = (y.float() - x).flatten(1)
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).float().flatten(1).mean(1)
+        # OURS: squared error finds the objects soon, a little absolute error keeps flat ground flat
+        return error.square().mean(1) + 0.1 * error.abs().mean(1) + self.kl * kl
+
+    def posterior(self, x):
+        """x (B, F, 3, H, W) -> mean and log variance, each (B, F, C, H/8, W/8)."""
+        out = self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        mean, logvar = out.chunk(2, dim=2)
+        return mean, logvar.clamp(-20, 4)
+
+    def encode(self, x):
+        """x (B, F, 3, H, W) in -1 .. 1 -> normalised latents (B, F, C, H/8, W/8)."""
+        scale = (1, 1, -1, 1, 1)
+        return (self.posterior(x)[0] - self.mean.view(scale)) / self.std.view(scale)
+
+    def decode(self, z):
+        """Normalised latents -> pictures (B, F, 3, H, W), clamped to -1 .. 1."""
+        scale = (1, 1, -1, 1, 1)
+        z = z * self.std.view(scale) + self.mean.view(scale)
+        return self.decoder(z.flatten(0, 1)).clamp(-1, 1).unflatten(0, z.shape[:2])
+
+
+class PretrainedVAE(nn.Module):
+    """Somebody else's frozen KL autoencoder, through diffusers: the same encode and decode.
+
+    name: a hub name ("stabilityai/sd-vae-ft-ema") or a local folder. Its own scaling factor stands in
+    for our measured std. Raises ValueError, in one line, if it cannot be loaded."""
+    def __init__(self, name):
+        super().__init__()
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise ValueError(f"vae '{name}' is no file, and to load it by name needs the diffusers package; "
+                             f"try: pip install -e '.[pretrained]'") from None
+        try:
+            self.net = AutoencoderKL.from_pretrained(name).requires_grad_(False).eval()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"autoencoder '{name}' cannot be loaded ({str(error).splitlines()[0][:200]}); "
+                             f"try a local folder, or with a network: hf download {name}") from None
+        self.name, self.channels = name, self.net.config.latent_channels
+        self.down = 2 ** (len(self.net.config.block_out_channels) - 1)
+        self.scale, self.shift = self.net.config.scaling_factor, self.net.config.shift_factor or 0.0
+
+    def encode(self, x):
+        z = self.net.encode(x.flatten(0, 1)).latent_dist.mean
+        return ((z - self.shift) * self.scale).unflatten(0, x.shape[:2])
+
+    def decode(self, z):
+        y = self.net.decode((z / self.scale + self.shift).flatten(0, 1)).sample
+        return y.clamp(-1, 1).unflatten(0, z.shape[:2])
+
+
+def to_float(clips):
+    """uint8 (B, F, H, W, 3), numpy or torch -> float (B, F, 3, H, W) in -1 .. 1."""
+    return torch.as_tensor(clips).movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """The inverse of `to_float`, as a numpy array."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
+
+
+# -----------------------------------------------------------------------------
+# 8. Generate: everything above, in the order of use
+# -----------------------------------------------------------------------------
+
+@torch.no_grad()
+def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=4.0,
+             motion_scale=1.0, steps=25, sampler="dpm++", device="cpu", on_step=None):
+    """Prompts -> uint8 pictures (B, F, H, W, 3). Item i depends on prompts[i] and seeds[i] alone,
+    never on its place in a batch. on_step(t, z, z0) is called after each step."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (frames, vae.channels, size[0] // vae.down, size[1] // vae.down)
+    z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    predict = guided(model, encoder(prompts), encoder([""]), cfg, motion_scale)
+    for t, z, z0 in schedule.denoise(predict, z, steps, sampler, generators):
+        if on_step:
+            on_step(t, z, z0)
+    return to_uint8(vae.decode(z))
+
+
+# -----------------------------------------------------------------------------
+# 9. Checkpoints: plain dicts, lists, numbers, strings and tensors
+# -----------------------------------------------------------------------------
+
+def save_checkpoint(path, state):
+    """Writes beside `path`, flushes, then renames: at every moment `path` is a whole checkpoint,
+    the old one or the new. Raises OSError and leaves the old one untouched if the disk is full."""
+    path = os.fspath(path)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": "gentron", "version": 1, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:     # torch's zip writer turns "disk full" into RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint; nothing in the file is executed (weights_only). Raises ValueError, in one
+    line, for a file that is missing, damaged or not ours. (torch.load alone accepts a flipped bit; the
+    zip's own checksums do not.)"""
+    path = os.fspath(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad:
+            raise ValueError(f"{path} is damaged (checksum of {bad})")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not a checkpoint") from None
+    except PermissionError:
+        raise ValueError(f"{path} cannot be read (permission denied)") from None
+    except ValueError:
+        raise
+    except Exception as error:                   # whatever a broken archive or pickle can raise
+        raise ValueError(f"{path} is no readable checkpoint "
+                         f"({str(error).splitlines()[0][:100] if str(error) else type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("format") != "gentron":
+        raise ValueError(f"{path} is not a GenTron checkpoint")
+    if state.get("version") != 1:
+        raise ValueError(f"{path} has format version {state.get('version')}; this code reads version 1")
+    return state
+
+
+def load_weights(module, weights, what):
+    """load_state_dict with names and shapes checked first; ValueError names the first that differs."""
+    own = module.state_dict()
+    for name in own.keys() | weights.keys():
+        mine, theirs = (tuple(d[name].shape) if name in d else "absent" for d in (own, weights))
+        if mine != theirs:
+            raise ValueError(f"{what} does not fit: {name} is {theirs} in the file, {mine} in the model")
+    module.load_state_dict(weights)
+
+
+class Net(nn.Module):
+    """All that trains together: the Transformer and, if it is a small one, the text encoder. Its
+    forward is the training loss of each item."""
+    def __init__(self, model, text, schedule):
+        super().__init__()
+        self.model, self.text, self.schedule = model, text, schedule
+
+    def forward(self, z0, captions, draws):
+        return training_loss(self.model, self.text, self.schedule, z0, captions, draws)
+
+    def weights(self):
+        """state_dict less what is frozen and found elsewhere by name."""
+        return {k: v for k, v in self.state_dict().items()
+                if not (k.startswith("text.") and not self.text.trained)}
+
+
+def build_vae(state):
+    """The autoencoder that a checkpoint describes."""
+    part = state["vae"]
+    if part.get("name"):
+        return PretrainedVAE(part["name"])
+    vae = VAE(**part["config"])
+    load_weights(vae, {k: v.float() for k, v in part["weights"].items()}, "the autoencoder")
+    return vae.requires_grad_(False).eval()
+
+
+def build_net(state, weights="ema"):
+    """The Net that a t2i or t2v checkpoint describes, with its EMA or raw weights."""
+    if "config" not in state:
+        raise ValueError("the checkpoint holds an autoencoder only, no text-to-image model")
+    if state.get(weights) is None:
+        raise ValueError(f"the checkpoint holds no {'EMA' if weights == 'ema' else 'raw'} weights")
+    net = Net(GenTron(GenTronConfig(**state["config"])), TextEncoder(**state["text"]),
+              NoiseSchedule(**state["schedule"]))
+    saved = {k: v.float() for k, v in state[weights].items()}
+    load_weights(net.model, {k[6:]: v for k, v in saved.items() if k.startswith("model.")}, "the model")
+    if net.text.trained:
+        load_weights(net.text, {k[5:]: v for k, v in saved.items() if k.startswith("text.")}, "the text encoder")
+    return net.eval()
