@@ -1,7 +1,7 @@
 """
 data.py: what the model eats.
 
-    python data.py --preview out.png               # look at the dataset, captions under the pictures
+    python data.py --preview out.png              # look at the dataset, captions under the pictures
     python data.py --preview out.gif --frames 8    # the same for clips
 
 Three sources, one interface. An item is a clip and its caption: (uint8 array (F, H, W, 3), str),
@@ -52,15 +52,18 @@ COUNTS = {"a": 1, "two": 2, "three": 3, "four": 4}
 # Radius of an object, in units of the picture's shorter side; the gaps between the ranges are what
 # lets the judge tell the sizes apart. Medium is left unsaid.
 SIZES = {"small": (0.105, 0.115), "medium": (0.155, 0.170), "large": (0.225, 0.245)}
-DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y is down
+# (x, y) to go from the second thing to the first; y is down.
+DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 RELATIONS = (*DIRECTIONS, "inside", "in front of")
-STEPS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+STEPS = {"moving left": (-1, 0), "moving right": (1, 0),
+         "moving up": (0, -1), "moving down": (0, 1)}
 MOTIONS = (*STEPS, "growing", "shrinking", "staying still")
 
 # Eight colour-shape pairs never occur in training, though each of their words does: drawing them
 # is the test that a model composes words and does not recall pictures.
-HELD_OUT = frozenset({("red", "cross"), ("green", "ring"), ("blue", "triangle"), ("yellow", "star"),
-                      ("purple", "square"), ("orange", "circle"), ("pink", "cross"), ("cyan", "star")})
+HELD_OUT = frozenset({("red", "cross"), ("green", "ring"), ("blue", "triangle"),
+                      ("yellow", "star"), ("purple", "square"), ("orange", "circle"),
+                      ("pink", "cross"), ("cyan", "star")})
 PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)                                        # 48
 SEEN_PAIRS = tuple(p for p in PAIRS if p not in HELD_OUT)                                    # 40
 
@@ -122,8 +125,8 @@ class Scene:
         return [k for k, thing in enumerate(self.things) for _ in range(thing.count)]
 
 
-_OBJECT = (rf"(an?|two|three|four)(?: (small|large))?(?: ({'|'.join(TEXTURES)}))? ({'|'.join(COLORS)}) "
-           rf"({'|'.join(SHAPES)})(?:e?s)?(?: ({'|'.join(MOTIONS)}))?")
+_OBJECT = (rf"(an?|two|three|four)(?: (small|large))?(?: ({'|'.join(TEXTURES)}))? "
+           rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?:e?s)?(?: ({'|'.join(MOTIONS)}))?")
 _CAPTION = re.compile(rf"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})?(?: and {_OBJECT})?$")
 
 
@@ -137,8 +140,8 @@ def parse(caption):
     groups = match.groups()
     things = [Thing(color, shape, texture or "solid", size or "medium",
                     COUNTS["a" if count == "an" else count], motion or "")
-              for count, size, texture, color, shape, motion in (groups[0:6], groups[7:13], groups[13:19])
-              if count]
+              for count, size, texture, color, shape, motion
+              in (groups[0:6], groups[7:13], groups[13:19]) if count]
     return Scene(things, groups[6] or "")
 
 
@@ -178,7 +181,7 @@ def _choose_words(rng, level, frames, pairs):
         if any((color, shape) == (t.color, t.shape) for t in things):
             continue                                        # "a red circle and a red circle"
         if relation in ("inside", "in front of") and len(things) == 1 and color == things[0].color:
-            continue                                        # they touch: colours must tell them apart
+            continue                                        # they touch: colours tell them apart
         things.append(Thing(color, shape))
     for k, thing in enumerate(things):
         if frames > 1:
@@ -189,7 +192,7 @@ def _choose_words(rng, level, frames, pairs):
         if not related and frames == 1 and rng.random() < 0.3:
             room = 5 - sum(t.count for t in things)         # at most five instances in a picture
             thing.count += int(rng.integers(0, min(3, room) + 1)) if room > 0 else 0
-        if related:                                         # what is inside is small, its house large
+        if related:                                         # small inside, large around
             sizes = ("small",) if relation == "inside" and k == 0 else ("large",) if k else ()
         elif thing.motion in ("growing", "shrinking"):
             sizes = ()
@@ -317,14 +320,14 @@ def distance(shape, x, y):
         return np.hypot(x, y) - 1
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.86
-    if shape == "triangle":                                  # corners (0, -1), (-0.95, 0.8), (0.95, 0.8)
+    if shape == "triangle":                                  # corners (0, -1), (-+0.95, 0.8)
         return np.maximum(y - 0.8, (1.8 * abs(x) - 0.95 * (y + 1)) / 2.035)
     if shape == "cross":
         a, b = abs(x), abs(y)
         return np.minimum(np.maximum(a - 0.33, b - 0.95), np.maximum(a - 0.95, b - 0.33))
     if shape == "ring":
         return abs(np.hypot(x, y) - 0.76) - 0.24
-    if shape == "star":                                      # fold the plane into a tenth of the star
+    if shape == "star":                                      # the plane folded to a tenth of it
         angle = np.arctan2(x, -y) % (2 * math.pi / 5)
         angle = np.minimum(angle, 2 * math.pi / 5 - angle)
         rho = np.hypot(x, y) / 1.04
@@ -350,7 +353,7 @@ def ink(texture, x, y):
 
 
 def draw(scene, size=(64, 64), frames=1):
-    """Scene -> uint8 (F, H, W, 3), antialiased. Frame f shows the moment f / (F - 1) of the clip."""
+    """Scene -> uint8 (F, H, W, 3), antialiased. Frame f shows moment f / (F - 1)."""
     high, wide = size
     unit = min(high, wide)                                   # pixels in one unit of length
     clip = np.empty((frames, high, wide, 3), np.float32)
@@ -392,7 +395,8 @@ class Shapes:
         if not 0 <= i < self.n:
             raise IndexError(i)
         aspect = tuple(side / min(self.size) for side in self.size)
-        return choose(np.random.default_rng((self.seed, i)), self.level, self.frames, self.pairs, aspect)
+        rng = np.random.default_rng((self.seed, i))
+        return choose(rng, self.level, self.frames, self.pairs, aspect)
 
     def __getitem__(self, i):
         scene = self.scene(i)
@@ -435,7 +439,7 @@ class Seen:
 
     def words(self):
         shape = "object" if self.shape == "unclear" else self.shape
-        return f"{'dark' if self.color == 'unclear' else self.color} {shape}"
+        return f"{'colorless' if self.color == 'unclear' else self.color} {shape}"
 
 
 def _unmix(frame):
@@ -493,9 +497,9 @@ def _count(mask, k):
 
 
 def _thick(mask):
-    """Keeps of a mask what lies within 4 pixels of a place where it is (nearly) 3 pixels wide. Thin lines,
-    where two colours blend into the look of a third (red over yellow: an orange rim), disappear;
-    the tips of a star stay."""
+    """Keeps of a mask what lies within 4 pixels of a place where it is (nearly) 3 pixels wide.
+    Thin lines, where two colours blend into the look of a third (red over yellow: an orange rim),
+    disappear; the tips of a star stay."""
     return mask & (_count(_count(mask, 1) * mask >= 7, 4) > 0)
 
 
@@ -527,12 +531,12 @@ def _overlap(shape, spots, cover, free, corner=(0, 0), stride=1):
     h, w = cover.shape
     cx, cy, r = (spots[:, k, None, None] for k in range(3))                       # (K, 1, 1)
     xs, ys = (np.arange(n, dtype=np.float32) * stride + c + 0.5 for n, c in zip((w, h), corner))
-    x, y = (xs - cx) / r, (ys[:, None] - cy) / r                                  # (K, 1, w), (K, h, 1)
+    x, y = (xs - cx) / r, (ys[:, None] - cy) / r                     # (K, 1, w), (K, h, 1)
     ideal = np.clip(0.5 - distance(shape, x, y) * r, 0, 1)                        # (K, h, w)
     shown = ideal * free
     charge = 1 - shown.sum((1, 2)) / np.maximum(ideal.sum((1, 2)), 1e-6)
-    return (np.minimum(shown, cover).sum((1, 2)) / np.maximum(shown, cover).sum((1, 2))
-            - 0.06 * charge)
+    either = np.maximum(shown, cover).sum((1, 2))
+    return np.minimum(shown, cover).sum((1, 2)) / np.maximum(either, 1e-6) - 0.03 * charge
 
 
 def _fit(cover, own, hidden=None):
@@ -556,8 +560,9 @@ def _fit(cover, own, hidden=None):
         if hidden is not None:
             least = max((right - left) / (2 * side), (bottom - top) / (up + down))
             for r in least * np.array([0.97, 1.05, 1.15, 1.3, 1.5, 1.8]):
-                spots += [(x, y, r) for x in (left + side * r, (left + right) / 2, right - side * r)
-                          for y in (top + up * r, (top + bottom + (up - down) * r) / 2, bottom - down * r)]
+                middle = (left + right) / 2, (top + bottom + (up - down) * r) / 2
+                spots += [(x, y, r) for x in (left + side * r, middle[0], right - side * r)
+                          for y in (top + up * r, middle[1], bottom - down * r)]
         spots = np.array(spots, np.float32)
         step = 1 if hidden is None else 2
         scores = _overlap(shape, spots, seen[::step, ::step], free[::step, ::step], (x0, y0), step)
@@ -589,11 +594,11 @@ def _texture(shape, spot, dark, inside):
         return "solid"
     ys, xs = np.nonzero(inside)
     x, y = (xs + 0.5 - spot[0]) / spot[2], (ys + 0.5 - spot[1]) / spot[2]
-    match = {}
+    match = {}                                               # correlation with each pattern
     for texture in TEXTURES:
         ideal = np.clip(0.5 + ink(texture, x, y) * spot[2], 0, 1)
-        spread = values.std() * ideal.std()
-        match[texture] = ((values - values.mean()) * (ideal - ideal.mean())).mean() / max(spread, 1e-6)
+        common = ((values - values.mean()) * (ideal - ideal.mean())).mean()
+        match[texture] = common / max(values.std() * ideal.std(), 1e-6)
     best = max(match, key=match.get)
     return best if match[best] > 0.45 else "unclear"
 
@@ -602,6 +607,12 @@ def _depth(shape, spot, size):
     """(H, W): the signed distance to a silhouette's outline in pixels, negative inside."""
     x, y = (np.arange(n) + 0.5 - centre for n, centre in zip(size[::-1], spot))
     return distance(shape, x[None] / spot[2], y[:, None] / spot[2]) * spot[2]
+
+
+def _smudge(mask, color="unclear"):
+    """A Seen for what is there but has no shape."""
+    y, x = (float(v.mean()) / min(mask.shape) for v in np.nonzero(mask))
+    return Seen(color, "unclear", "unclear", x, y, math.sqrt(mask.mean()), 0.0, mask, mask)
 
 
 def read(frame):
@@ -618,28 +629,42 @@ def read(frame):
         waiting = [int(c) for c in np.unique(label[blob & (label >= 0)])] or [-1]
         if waiting == [-1]:                                  # nothing but ink
             label = np.where(blob, -1, -2)
+        if len(waiting) > 3:                                 # three objects never touch: a mess
+            seen += [_smudge(label == c, NAMES[c]) for c in waiting]
+            continue
         hidden = None
         while waiting:
             # Whatever looks whole lies in front. Its silhouette is its own; then the next.
-            fits = {c: _fit(cover, label == c, None if hidden is None else
-                            hidden | (blob & (label >= 0) & (label != c))) for c in waiting}
+            fits = {}
+            for c in waiting:
+                own = label == c
+                over = None if hidden is None else hidden | (blob & (label >= 0) & ~own)
+                fits[c] = _fit(cover, own, over)
+                plain = own & (dark < 0.5)                   # or is the ink beside it another's?
+                if len(waiting) > 1 and 9 < plain.sum() < 0.9 * own.sum():
+                    fits[c] = max(fits[c], _fit(cover, plain, over), key=lambda fit: fit[0])
             depths = {k: _depth(*fits[k][1:], cover.shape) for k in waiting}
             others = blob & (label >= 0)
-            theft = {k: (others & (label != k))[depths[k] < -0.5].mean() for k in waiting}
+            theft = {k: (others & (label != k) & (depths[k] < -0.5)).sum()
+                     / max(1, (depths[k] < -0.5).sum()) for k in waiting}
             c = max(waiting, key=lambda k: fits[k][0] - 4 * theft[k])
             (overlap, shape, spot), depth = fits[c], depths[c]
             mask = depth < 0
             owned = mask & blob if hidden is None else mask & blob & ~hidden
-            inner = owned & (depth < -0.8)
-            seen.append(Seen(NAMES[c] if c >= 0 else "unclear", shape if overlap > 0.78 - 1 / spot[2] else "unclear",
-                             _texture(shape, spot, dark, inner), float(spot[0] / unit),
-                             float(spot[1] / unit), float(spot[2] / unit), overlap, mask, owned))
+            texture = _texture(shape, spot, dark, owned & (depth < -0.8))
+            clear = overlap > 0.78 - 1 / spot[2]             # small ones are all edge
+            seen.append(Seen(NAMES[c] if c >= 0 else "unclear", shape if clear else "unclear",
+                             texture, *(float(v / unit) for v in spot), overlap, mask, owned))
             waiting.remove(c)
             # What is left of the blob, without the rim where two colours blend, is the others'.
             near = depth < 1.0
             hidden = near if hidden is None else hidden | near
             label = _grow(np.where(near | (label == c), -1, label), blob & ~hidden)
             waiting = [k for k in waiting if (label == k).sum() > 3]
+    # Something too pale for an object, away from all of them, is not nothing.
+    pale = (cover > 0.25) & (_count(cover > 0.5, 3) == 0)
+    if _thick(pale).sum() > 0.004 * unit * unit:
+        seen.append(_smudge(pale))
     return seen
 
 
@@ -683,7 +708,8 @@ def judge(clip, caption):
         raise ValueError(f"judge wants uint8 (F, H, W, 3), not {clip.dtype} {clip.shape}")
     frames = [read(frame) for frame in clip]
     stills = [_still(seen, scene) for seen in frames]        # (parts, reasons, mine) a frame
-    parts = {name: bool(np.mean([still[0][name] for still in stills]) >= 0.8) for name in stills[0][0]}
+    parts = {name: bool(np.mean([still[0][name] for still in stills]) >= 0.8)
+             for name in stills[0][0]}
     reasons = list(next((still[1] for still in stills if still[1]), []))
     numbers = {"frames_right": float(np.mean([not still[1] for still in stills]))}
     if len(clip) > 1:
@@ -701,7 +727,7 @@ def judge(clip, caption):
 
 
 def _still(seen, scene):
-    """One frame against the caption -> parts, reasons, mine (the Seen that belong to each thing)."""
+    """One frame against the caption -> parts, reasons, mine (each thing's own list of Seen)."""
     things, reasons = scene.things, []
     mine, extra = [[] for _ in things], []
     named = [(t.color, t.shape) for t in things]
@@ -728,12 +754,12 @@ def _still(seen, scene):
         name = f"{thing.color} {thing.shape}"
         if len(found) != thing.count:
             parts["count"] = False
-            reasons.append(f"no {name}" if not found else
-                           f"{len(found)} {name if len(found) == 1 else plural(name)}, not {thing.count}")
+            many = name if len(found) == 1 else plural(name)
+            reasons.append(f"{len(found)} {many}, not {thing.count}" if found else f"no {name}")
         odd = next((s for s in found if s.shape != thing.shape), None)
         if odd:
-            reasons.append(f"the {odd.color} object is " + ("of no clear shape" if odd.shape == "unclear"
-                           else f"a {odd.shape}") + f", not a {thing.shape}")
+            looks = "of no clear shape" if odd.shape == "unclear" else f"a {odd.shape}"
+            reasons.append(f"the {odd.color} object is {looks}, not a {thing.shape}")
         odd = next((s.texture for s in found if s.texture != thing.texture), None)
         parts["texture"] &= bool(found) and odd is None
         if odd:
@@ -765,8 +791,8 @@ def _related(relation, first, second):
         return bool((along > 0.03).all() and along.mean() > across.mean())
 
     def inside(a, b):                                        # box in box, with a pixel to spare
-        box = lambda s: np.array([s.radius * k for k in REACH[s.shape]]) if s.shape in REACH else s.radius
-        (a_side, a_up, a_down), (b_side, b_up, b_down) = box(a) + np.zeros(3), box(b) + np.zeros(3)
+        box = lambda s: [s.radius * reach for reach in REACH.get(s.shape, (1, 1, 1))]
+        (a_side, a_up, a_down), (b_side, b_up, b_down) = box(a), box(b)
         return (a.radius < b.radius and abs(a.x - b.x) < b_side - a_side + 0.02
                 and a.y - a_up > b.y - b_up - 0.02 and a.y + a_down < b.y + b_down + 0.02)
 
@@ -846,7 +872,8 @@ CATEGORIES = ("color", "shape", "texture", "spatial", "non-spatial", "complex")
 CLIP_CATEGORIES = ("motion", "motion-binding", "stillness", "identity")
 _ALL = ("color", "shape", "texture", "size", "count", "relation")
 SCORED_ON = {                   # which of a verdict's parts must hold for a prompt of the category
-    "color": ("color", "count"), "shape": ("shape", "count"), "texture": ("texture", "count"),
+    "color": ("color", "count"), "shape": ("shape", "count"),
+    "texture": ("color", "texture", "count"),
     "spatial": _ALL, "non-spatial": _ALL, "complex": _ALL, "numeracy": _ALL,
     "motion": ("color", "count", "motion", "smooth"),
     "motion-binding": ("color", "count", "motion", "stillness", "smooth"),
@@ -908,10 +935,9 @@ def _ask(rng, category, pairs):
     if category == "complex":
         if rng.random() < 0.5:
             return [Scene([a, b, c], pick(RELATIONS))]
-        sizes, textures = rng.permutation(("small", "large")).tolist(), rng.permutation(TEXTURES).tolist()
-        a.size, b.size = sizes
+        a.size, b.size = rng.permutation(("small", "large")).tolist()
         big = a if a.size == "large" else b                  # no texture on small objects
-        big.texture = textures[0]
+        big.texture = pick(TEXTURES)
         return [Scene([a, b], pick(tuple(DIRECTIONS)))]
     if category == "numeracy":
         a.count = 2 + int(rng.integers(3))
@@ -927,7 +953,8 @@ def _ask(rng, category, pairs):
               rng.permutation(MOTIONS)[:2].tolist())
     if not two:
         return [Scene([Thing(c0, s0, motion=m0)])]
-    return [Scene([Thing(c0, s0, motion=u), Thing(c1, s1, motion=v)]) for u, v in ((m0, m1), (m1, m0))]
+    return [Scene([Thing(c0, s0, motion=u), Thing(c1, s1, motion=v)])
+            for u, v in ((m0, m1), (m1, m0))]
 
 
 # -----------------------------------------------------------------------------
@@ -965,7 +992,7 @@ class Folder:
         for file, caption in tqdm(found, desc=f"checking {path}", disable=len(found) <= 500):
             try:
                 self._load(file)
-            except Exception as error:                       # a broken file can raise anything
+            except Exception as error:  # noqa: BLE001 - a broken file can raise anything
                 first = str(error).strip().split("\n")[0].replace(f"{self.root}/", "")
                 self.skipped.append((self._name(file), first or type(error).__name__))
                 continue
@@ -975,7 +1002,7 @@ class Folder:
         if not self.items:
             why = f" ({self.skipped[0][0]}: {self.skipped[0][1]})" if self.skipped else ""
             kind = "clip" if frames > 1 else "picture"
-            raise ValueError(f"no usable {kind}, {path}{why}; add some, each with a caption in NAME.txt")
+            raise ValueError(f"no usable {kind}, {path}{why}; add some, captions in NAME.txt")
         if self.how == "class folders":
             self.labels = sorted({caption for _, caption in self.items})
 
@@ -990,7 +1017,8 @@ class Folder:
         """What was found, as lines to print."""
         kind = "pictures" if self.frames == 1 else f"clips of {self.frames} frames"
         empty = sum(not caption for _, caption in self.items)
-        lines = [f"{self.root}: {len(self):,} {kind}, {self.size[0]}x{self.size[1]}, captions: {self.how}"]
+        high, wide = self.size
+        lines = [f"{self.root}: {len(self):,} {kind}, {high}x{wide}, captions: {self.how}"]
         lines += [f"  '{caption[:70]}'" for _, caption in self.items[:3] if caption]
         if empty:
             lines.append(f"  {empty:,} without words: these train unconditionally")
@@ -1019,11 +1047,11 @@ class Folder:
             self.how = "a .txt beside each file"
             return [(p, caption) for p in sorted(files + clips)
                     if (caption := self._beside(p)) is not None]
-        deep = [p for p in files if p.parent != self.root]
+        deep = {p: p.relative_to(self.root).parts[0] for p in files if p.parent != self.root}
         if deep:
             self.how = "class folders"
-            self.skipped += [(p.name, "not in a class folder") for p in files if p.parent == self.root]
-            return [(p, p.relative_to(self.root).parts[0]) for p in deep]
+            self.skipped += [(p.name, "not in a class folder") for p in files if p not in deep]
+            return list(deep.items())
         self.how = "none, trains unconditionally"
         return [(p, "") for p in files]
 
@@ -1050,15 +1078,15 @@ class Folder:
                     name, caption = row["file"], row["caption"]
                     file = self.root / name
                     inside = file.resolve().is_relative_to(self.root.resolve())
-                    words = " ".join(caption.split())
+                    words, there = " ".join(caption.split()), file.exists()
                 except UnicodeDecodeError:
                     self.skipped.append((where, "not UTF-8 text"))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
                     self.skipped.append((where, 'not {"file": "...", "caption": "..."}'))
                 else:
                     if Path(name).is_absolute() or not inside:
                         self.skipped.append((where, f"'{name}' lies outside of the folder"))
-                    elif not file.exists():
+                    elif not there or file == self.root:
                         self.skipped.append((where, f"no file '{name}'"))
                     else:
                         yield file, words
@@ -1084,8 +1112,8 @@ def _pictures_in(folder):
 
 
 def _sample(stream, frames, fps):
-    """From (start in seconds, frame) pairs, `frames` of them: the one on show at k / fps for each k,
-    the last held. Decodes no further than it must."""
+    """From (start in seconds, frame) pairs, `frames` of them: for each k the one on show at
+    k / fps, the last held. Decodes no further than it must."""
     taken, shown = [], None
     for start, frame in stream:
         while shown is not None and len(taken) < frames and start > len(taken) / fps + 1e-6:
@@ -1139,8 +1167,8 @@ def fit(image, size):
     """A picture (PIL image or path) -> uint8 (H, W, 3): turned as EXIF says, centre-cropped to the
     shape of H x W, resized. Raises what pillow raises on a broken file."""
     if not isinstance(image, Image.Image):
-        with _opened(image) as image:
-            return fit(image, size)
+        with _opened(image) as opened:
+            return fit(opened, size)
     high, wide = size
     if image.format == "JPEG":               # decode a large JPEG at 1/2, 1/4, 1/8: cheap and exact
         image.draft("RGB", (2 * max(size), 2 * max(size)))
@@ -1152,7 +1180,8 @@ def fit(image, size):
     cw, ch = max(1, round(wide * scale)), max(1, round(high * scale))
     x, y = (w - cw) // 2, (h - ch) // 2
     image.load()
-    image = _rgb(image.crop((x, y, x + cw, y + ch))).resize((wide, high), Image.LANCZOS, reducing_gap=3.0)
+    image = _rgb(image.crop((x, y, x + cw, y + ch)))
+    image = image.resize((wide, high), Image.LANCZOS, reducing_gap=3.0)
     turns = {2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}      # EXIF -> Image.Transpose
     for turn in turns.get(turned, []):
         image = image.transpose(Image.Transpose(turn))
@@ -1205,16 +1234,17 @@ def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):
              + [(line, small, note[1]) for line in (_wrap(note[0], small, cell) if note else [])]
              for caption, note in zip(captions, notes)]
     rows = [range(k, min(k + columns, len(clips))) for k in range(0, len(clips), columns)]
-    text = [15 * max(len(lines[k]) for k in row) + 6 for row in rows]  # a row is as high as its text
-    sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + sum(tall + t + gap for t in text)), "white")
+    text = [15 * max(len(lines[k]) for k in row) + 6 for row in rows]  # as high as its text
+    height = gap + sum(tall + room + gap for room in text)
+    sheet = Image.new("RGB", (gap + columns * (cell + gap), height), "white")
     pen, y = ImageDraw.Draw(sheet), gap
     for row, room in zip(rows, text):
         for x, k in zip(range(gap, sheet.width, cell + gap), row):
             picture = Image.fromarray(clips[k][min(frame, len(clips[k]) - 1)])
             enlarge = Image.NEAREST if cell % w == 0 and cell > w else Image.LANCZOS
             sheet.paste(picture.resize((cell, tall), enlarge), (x, y))
-            edge = notes[k][1] if notes[k] else "#d8d8d8"
-            pen.rectangle((x - 1, y - 1, x + cell, y + tall), outline=edge, width=2 if notes[k] else 1)
+            edge, width = (notes[k][1], 2) if notes[k] else ("#d8d8d8", 1)
+            pen.rectangle((x - 1, y - 1, x + cell, y + tall), outline=edge, width=width)
             for n, (line, face, color) in enumerate(lines[k]):
                 pen.text((x, y + tall + 4 + 15 * n), line, fill=color, font=face)
         y += tall + room + gap
@@ -1253,11 +1283,11 @@ def fail(message):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Look at the dataset: a sheet of it, captions below.")
+    parser = argparse.ArgumentParser(description="Look at the dataset, captions below.")
     parser.error = fail
-    parser.add_argument("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
+    parser.add_argument("--preview", required=True, metavar="FILE", help="out.png or out.gif")
     parser.add_argument("--data", default="shapes", help="'shapes' or a folder of yours")
-    parser.add_argument("--world", default="full", choices=("basic", "full"), help="how much of the world")
+    parser.add_argument("--world", default="full", choices=("basic", "full"), help="how much of it")
     parser.add_argument("--frames", type=int, default=1, help="frames a clip; 1 = pictures")
     parser.add_argument("--fps", type=float, default=4, help="frames a second")
     parser.add_argument("--size", default="64", metavar="H[xW]", help="picture size in pixels")

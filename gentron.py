@@ -39,23 +39,25 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 # -----------------------------------------------------------------------------
 # 1. Configuration (paper, Table 1)
 # -----------------------------------------------------------------------------
 
 PRESETS = {  # sizes only; parameters counted with cross-attention to CLIP-L + T5-XXL, no temporal layers
-    "nano": dict(depth=6,  width=192,  heads=6,  patch_size=2),   #    6.7 M with the small text encoder
+    "nano": dict(depth=6,  width=192,  heads=6,  patch_size=2),   #    4.9 M with the small text encoder
     "S/2":  dict(depth=12, width=384,  heads=6,  patch_size=2),   #   60.3 M
-    "B/2":  dict(depth=12, width=768,  heads=12, patch_size=2),   #  193.3 M
-    "L/2":  dict(depth=24, width=1024, heads=16, patch_size=2),   #  632.1 M
-    "XL/2": dict(depth=28, width=1152, heads=16, patch_size=2),   #  910.2 M (the paper: 930.0)
-    "G/2":  dict(depth=48, width=1664, heads=16, patch_size=2),   # 3066.0 M (the paper: 3083.8)
+    "B/2":  dict(depth=12, width=768,  heads=12, patch_size=2),   #  192.3 M
+    "L/2":  dict(depth=24, width=1024, heads=16, patch_size=2),   #  631.7 M
+    "XL/2": dict(depth=28, width=1152, heads=16, patch_size=2),   #  910.6 M (the paper: 930.0)
+    "G/2":  dict(depth=48, width=1664, heads=16, patch_size=2),   # 3065.0 M (the paper: 3083.8)
 }
 
 
@@ -421,11 +423,11 @@ def ddim(schedule, z, z0, eps, t, s, before, generators):
 
 def ddpm(schedule, z, z0, eps, t, s, before, generators):
     """A draw from q(z_s | z_t, z0): a mean between z0 and z_t, and fresh noise but at the last step."""
+    if s < 0:
+        return z0                                         # no noise behind the last step
     a_t, a_s = schedule.alpha[t].item() ** 2, schedule.alpha[s].item() ** 2
     beta = 1 - a_t / a_s                                  # of the whole stride from s to t
     mean = (a_s ** 0.5 * beta * z0 + (a_t / a_s) ** 0.5 * (1 - a_s) * z) / (1 - a_t)
-    if s < 0:
-        return mean                                       # = z0
     fresh = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
     return mean + math.sqrt(beta * (1 - a_s) / (1 - a_t)) * fresh
 
@@ -912,3 +914,16 @@ def build_net(state, weights="ema"):
     if net.text.trained:
         load_weights(net.text, {k[5:]: v for k, v in saved.items() if k.startswith("text.")}, "the text encoder")
     return net.eval()
+
+
+def find_checkpoint(stages=("t2i", "t2v")):
+    """The newest finished or running t2i / t2v run's ema.pt under runs/, else assets/nano.pt.
+    Raises ValueError if there is neither."""
+    newest_first = sorted(Path("runs").glob("*/ema.pt"), key=lambda path: -path.stat().st_mtime)
+    for path in newest_first:
+        if load_checkpoint(path).get("stage") in stages:
+            return str(path)
+    shipped = Path(__file__).resolve().parent / "assets" / "nano.pt"
+    if shipped.exists():
+        return str(shipped)
+    raise ValueError("no text-to-image run in runs/ and no assets/nano.pt; train one: python train.py")
