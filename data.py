@@ -391,6 +391,11 @@ class Shapes:
     def __len__(self):
         return self.n
 
+    @property
+    def labels(self):
+        """The classes for --text labels: "a red circle", ... for each pair."""
+        return [Thing(*pair).words() for pair in self.pairs]
+
     def scene(self, i):
         if not 0 <= i < self.n:
             raise IndexError(i)
@@ -1009,6 +1014,10 @@ class Folder:
     def __len__(self):
         return len(self.items)
 
+    @property
+    def captions(self):
+        return [caption for _, caption in self.items]
+
     def __getitem__(self, i):
         file, caption = self.items[i]
         return self._load(file), caption
@@ -1276,50 +1285,80 @@ def save_gif(path, images, fps=4):
     first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
-def fail(message):
-    """One line on stderr, "error: what, where; try this", and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# -----------------------------------------------------------------------------
+# 9. Command lines (train.py and sample.py use these too)
+# -----------------------------------------------------------------------------
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number of `kind` from low (or, with above, more than low) to high."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high or (value == low and not above)) or not math.isfinite(value):
+            word = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {word} {'above' if above else 'from'} {low}"
+                                             + (f" to {high}" if high < math.inf else ""))
+        return value
+    return read
+
+
+def picture_size(text):
+    """An argparse type: '64' -> (64, 64), '64x96' -> (64, 96), height x width in pixels."""
+    parts = text.lower().split("x")
+    if not (1 <= len(parts) <= 2 and all(p.isdigit() and 8 <= int(p) <= 4096 for p in parts)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write H or HxW, in pixels from 8 to 4096")
+    return (int(parts[0]), int(parts[-1]))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+    def error(self, message):
+        print(f"error: {message}; try --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def writable(path):
+    """Path of a file to be written, its folder made; ValueError if it cannot be: before the work."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written; try another folder")
+    return path
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Look at the dataset, captions below.")
-    parser.error = fail
-    parser.add_argument("--preview", required=True, metavar="FILE", help="out.png or out.gif")
-    parser.add_argument("--data", default="shapes", help="'shapes' or a folder of yours")
-    parser.add_argument("--world", default="full", choices=("basic", "full"), help="how much of it")
-    parser.add_argument("--frames", type=int, default=1, help="frames a clip; 1 = pictures")
-    parser.add_argument("--fps", type=float, default=4, help="frames a second")
-    parser.add_argument("--size", default="64", metavar="H[xW]", help="picture size in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n", type=int, default=24, help="how many items to show")
-    args = parser.parse_args(argv)
-
-    # All that can be wrong is checked before any work is done.
-    match, out = re.fullmatch(r"(\d+)(?:x(\d+))?", args.size), Path(args.preview)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not all(16 <= side <= 1024 for side in size):
-        fail(f"no such size, --size {args.size}; try 64 or 64x96 (16 to 1024 pixels)")
-    if args.frames < 1 or args.n < 1 or args.fps <= 0 or args.seed < 0:
-        fail("--frames, --n and --fps must be above 0 and --seed not below; try --frames 8 --n 24")
-    if out.suffix.lower() not in (".png", ".gif"):
-        fail(f"cannot write '{out.suffix}' files, {out}; try {out.with_suffix('.png')}")
-    if not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
-        fail(f"cannot write, {out}; try another --preview")
+    """Command line -> exit code: 0, or 2 for what the user can mend."""
+    p = Parser(description="Look at the dataset: a sheet of it, captions below.", allow_abbrev=False)
+    p.add_argument("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
+    p.add_argument("--data", default="shapes", help="'shapes' or a folder of yours")
+    p.add_argument("--world", default="full", choices=("basic", "full"), help="how much of the world")
+    p.add_argument("--frames", type=number(int, 1, 1024), default=1, help="frames a clip; 1 = pictures")
+    p.add_argument("--fps", type=number(float, 0, 1000, above=True), default=4, help="frames a second")
+    p.add_argument("--size", type=picture_size, default=(64, 64), metavar="H[xW]", help="in pixels (64)")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
+    p.add_argument("--n", type=number(int, 1, 1000), default=24, help="how many items to show (24)")
+    args = p.parse_args(argv)
     try:
-        data = open_data(args.data, size, args.frames, args.fps, args.world, args.n, args.seed)
-    except ValueError as error:
-        fail(error)
-    print("\n".join(data.report()) if isinstance(data, Folder) else
-          f"the shapes world ({args.world}), seed {args.seed}")
-    clips, captions = zip(*[data[i] for i in range(min(args.n, len(data)))])
-    sheets = [contact_sheet(clips, captions, frame=f) for f in range(args.frames)]
-    if out.suffix.lower() == ".gif":
-        save_gif(out, sheets, args.fps)
-    else:
-        sheets[0].save(out)                                  # of clips, their first frames
-    print(f"wrote {out}")
+        out = writable(args.preview)
+        if out.suffix.lower() not in (".png", ".gif"):
+            raise ValueError(f"cannot write '{out.suffix}' files, {out}; try {out.with_suffix('.png')}")
+        data = open_data(args.data, args.size, args.frames, args.fps, args.world, args.n, args.seed)
+        print("\n".join(data.report()) if isinstance(data, Folder) else
+              f"the shapes world ({args.world}), seed {args.seed}")
+        clips, captions = zip(*[data[i] for i in range(min(args.n, len(data)))])
+        sheets = [contact_sheet(clips, captions, frame=f) for f in range(args.frames)]
+        if out.suffix.lower() == ".gif":
+            save_gif(out, sheets, args.fps)
+        else:
+            sheets[0].save(out)                              # of clips, their first frames
+        print(f"wrote {out}")
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

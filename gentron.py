@@ -786,6 +786,17 @@ class PretrainedVAE(nn.Module):
         return y.clamp(-1, 1).unflatten(0, z.shape[:2])
 
 
+def pick_device(name=None):
+    """cuda, else mps, else cpu; ValueError for a device that is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device '{name}' cannot be used ({str(error).splitlines()[0][:80]}); "
+                         f"try --device cpu") from None
+
+
 def to_float(clips):
     """uint8 (B, F, H, W, 3), numpy or torch -> float (B, F, 3, H, W) in -1 .. 1."""
     return torch.as_tensor(clips).movedim(-1, -3).float() / 127.5 - 1

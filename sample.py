@@ -31,34 +31,33 @@ from tqdm import tqdm
 import data as D
 import gentron as G
 
-
 # -----------------------------------------------------------------------------
 # 1. Flags
 # -----------------------------------------------------------------------------
 
 def parser():
-    p = G.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     g = p.add_argument_group("what to draw")
     g.add_argument("prompt", nargs="*", help="one or more sentences")
     g.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
-    g.add_argument("--per-prompt", type=G.number(int, 1, 10_000), default=1, help="pictures a prompt (1)")
-    g.add_argument("--seed", type=G.number(int, 0, 2 ** 31 - 1), default=0)
-    g.add_argument("--size", type=G.size, help="H or HxW in pixels (as trained)")
-    g.add_argument("--frames", type=G.number(int, 1, 1024), default=1, help="above 1: a clip (video models)")
-    g.add_argument("--fps", type=G.number(float, 0, 1000, above=True), help="frames a second (as trained)")
+    g.add_argument("--per-prompt", type=D.number(int, 1, 10_000), default=1, help="pictures a prompt (1)")
+    g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
+    g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (as trained)")
+    g.add_argument("--frames", type=D.number(int, 1, 1024), default=1, help="above 1: a clip (video models)")
+    g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), help="frames a second (as trained)")
     g.add_argument("--out", help="FILE.png, FILE.gif, or a folder/ for one file a picture (out.png, out.gif)")
     g = p.add_argument_group("how")
     g.add_argument("--ckpt", metavar="FILE", help="last.pt or ema.pt of a run")
     g.add_argument("--raw", dest="weights", action="store_const", const="weights", default="ema",
                    help="the weights themselves (only in last.pt), not their average")
     g.add_argument("--ema", dest="weights", action="store_const", const="ema", help="the average (default)")
-    g.add_argument("--cfg", type=G.number(float, 0, 100), default=4.0, metavar="l_T",
+    g.add_argument("--cfg", type=D.number(float, 0, 100), default=4.0, metavar="l_T",
                    help="text guidance: uncond + l_T (cond - uncond); 1 = off (4)")
-    g.add_argument("--motion", type=G.number(float, 0, 100), default=1.0, metavar="l_M",
+    g.add_argument("--motion", type=D.number(float, 0, 100), default=1.0, metavar="l_M",
                    help="motion-free guidance of clips: 1 = off, the paper uses 1.0 to 1.3 (1)")
-    g.add_argument("--steps", type=G.number(int, 1, 1000), default=25)
+    g.add_argument("--steps", type=D.number(int, 1, 1000), default=25)
     g.add_argument("--sampler", choices=G.SAMPLERS, default="dpm++")
-    g.add_argument("--batch-size", type=G.number(int, 1, 4096), default=50, help="pictures at a time (50)")
+    g.add_argument("--batch-size", type=D.number(int, 1, 4096), default=50, help="pictures at a time (50)")
     g.add_argument("--device", help="cpu, cuda, mps ... (the best there is)")
     g = p.add_argument_group("grading, on the shapes world")
     g.add_argument("--bench", action="store_true", help="draw fixed prompts, let the judge read them, print a table")
@@ -193,7 +192,7 @@ def bench(args, sampler):
     names = args.category or (D.CLIP_CATEGORIES if clips_too else [*D.CATEGORIES, "numeracy"])
     record = dict(checkpoint=str(sampler.path), weights=args.weights, sampler=args.sampler, steps=args.steps,
                   cfg=args.cfg, motion=args.motion, seed=args.seed, split=args.split, frames=args.frames,
-                  step=sampler.state["step"], made=sampler.state["made"], torch=torch.__version__,
+                  step=sampler.state["step"], made=sampler.state["made"], torch=str(torch.__version__),
                   numpy=np.__version__, categories={})
     print(f"{'category':>16}  score   95 % interval    n")
     for name in names:

@@ -8,25 +8,17 @@ A fresh model's output is exactly zero, so an equality test on it would pass wha
 every equality below is tried on models whose parameters are all random (`randomised`).
 """
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 import data as D
 import gentron as G
-import sample
-import train
 
 HERE = Path(__file__).resolve().parent
 

@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data as D
@@ -56,45 +57,15 @@ PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no
 # 1. Flags
 # -----------------------------------------------------------------------------
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` from low (or, with above, more than low) to high."""
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value <= high or (value == low and not above)) or not math.isfinite(value):
-            word = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a {word} {'above' if above else 'from'} {low}"
-                                             + (f" to {high}" if high < math.inf else ""))
-        return value
-    return read
-
-
-def size(text):
-    """'64' -> (64, 64); '64x96' -> (64, 96): height x width in pixels."""
-    parts = text.lower().split("x")
-    if not (1 <= len(parts) <= 2 and all(p.isdigit() and 8 <= int(p) <= 4096 for p in parts)):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; write H or HxW, in pixels from 8 to 4096")
-    return (int(parts[0]), int(parts[-1]))
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-    def error(self, message):
-        print(f"error: {message}; try --help", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def parser():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     g = p.add_argument_group("what to train")
     g.add_argument("--stage", choices=("vae", "t2i", "t2v"), default="t2i", help="autoencoder, pictures, clips")
     g.add_argument("--preset", choices=G.PRESETS, help="size of the Transformer (nano)")
-    g.add_argument("--depth", type=number(int, 1, 1000), help="blocks, instead of the preset's")
-    g.add_argument("--width", type=number(int, 4, 65536), help="channels of a token, instead of the preset's")
-    g.add_argument("--heads", type=number(int, 1, 1024), help="attention heads, instead of the preset's")
-    g.add_argument("--patch-size", type=number(int, 1, 64), help="latent positions a token's side covers")
+    g.add_argument("--depth", type=D.number(int, 1, 1000), help="blocks, instead of the preset's")
+    g.add_argument("--width", type=D.number(int, 4, 65536), help="channels of a token, instead of the preset's")
+    g.add_argument("--heads", type=D.number(int, 1, 1024), help="attention heads, instead of the preset's")
+    g.add_argument("--patch-size", type=D.number(int, 1, 64), help="latent positions a token's side covers")
     g.add_argument("--conditioning", choices=("cross", "adaln"), help="how text enters (cross)")
     g.add_argument("--text", help="small, small+small, labels, none, clip, t5, clip+t5, or NAME[+NAME] of "
                                   "the transformers library (small)")
@@ -105,28 +76,28 @@ def parser():
     g.add_argument("--data", default="shapes", help="shapes, or a folder of pictures or clips")
     g.add_argument("--image-data", help="t2v: a folder of pictures for joint training (default: as --data)")
     g.add_argument("--world", choices=("basic", "full"), help="how much of the shapes world (t2i: basic)")
-    g.add_argument("--size", type=size, help="H or HxW in pixels (64)")
-    g.add_argument("--frames", type=number(int, 2, 1024), help="t2v: frames a clip (8)")
-    g.add_argument("--fps", type=number(float, 0, 1000, above=True), default=4.0, help="frames a second (4)")
-    g.add_argument("--p-drop-text", type=number(float, 0, 1), default=0.1, help="share of captions dropped (0.1)")
-    g.add_argument("--p-motion-free", type=number(float, 0, 1), default=0.25,
+    g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (64)")
+    g.add_argument("--frames", type=D.number(int, 2, 1024), help="t2v: frames a clip (8)")
+    g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), default=4.0, help="frames a second (4)")
+    g.add_argument("--p-drop-text", type=D.number(float, 0, 1), default=0.1, help="share of captions dropped (0.1)")
+    g.add_argument("--p-motion-free", type=D.number(float, 0, 1), default=0.25,
                    help="t2v: share of items that are still pictures, without temporal attention (0.25)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=number(int, 1), help="steps in all (nano: a 15-minute run)")
-    g.add_argument("--minutes", type=number(float, 0, above=True), help="stop and save after so many minutes")
-    g.add_argument("--batch-size", type=number(int, 1, 2 ** 20), help="global, over all processes")
-    g.add_argument("--grad-accum", type=number(int, 1), default=1, help="micro-batches a step (memory)")
-    g.add_argument("--lr", type=number(float, 0, 1), help="AdamW's constant learning rate")
-    g.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
-    g.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
+    g.add_argument("--steps", type=D.number(int, 1), help="steps in all (nano: a 15-minute run)")
+    g.add_argument("--minutes", type=D.number(float, 0, above=True), help="stop and save after so many minutes")
+    g.add_argument("--batch-size", type=D.number(int, 1, 2 ** 20), help="global, over all processes")
+    g.add_argument("--grad-accum", type=D.number(int, 1), default=1, help="micro-batches a step (memory)")
+    g.add_argument("--lr", type=D.number(float, 0, 1), help="AdamW's constant learning rate")
+    g.add_argument("--ema", type=D.number(float, 0, 1), help="decay of the averaged weights")
+    g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g = p.add_argument_group("the run")
     g.add_argument("--out", help="the run's folder (runs/STAGE)")
     g.add_argument("--init", help="checkpoint to start from (t2v: the newest t2i run, else assets/nano.pt)")
     g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                    help="go on if the folder holds a run; --no-resume moves the old folder aside")
-    g.add_argument("--save-every", type=number(int, 1), default=500, help="steps")
-    g.add_argument("--sample-every", type=number(int, 1), default=500, help="steps")
-    g.add_argument("--workers", type=number(int, 0, 256), default=2, help="processes that draw or decode")
+    g.add_argument("--save-every", type=D.number(int, 1), default=500, help="steps")
+    g.add_argument("--sample-every", type=D.number(int, 1), default=500, help="steps")
+    g.add_argument("--workers", type=D.number(int, 0, 256), default=2, help="processes that draw or decode")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (the best there is)")
     g.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 = autocast (bf16 on a GPU, else fp32)")
     g.add_argument("--benchmark", action="store_true", help="time a training step on random latents, and stop")
@@ -136,17 +107,6 @@ def parser():
 # Flags that change how a run is carried out, not what comes out of it: free to differ when resuming
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "resume", "save_every", "sample_every", "workers",
             "device", "benchmark"}
-
-
-def pick_device(name=None):
-    """cuda, else mps, else cpu; ValueError for a device that is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device '{name}' cannot be used ({str(error).splitlines()[0][:80]}); "
-                         f"try --device cpu") from None
 
 
 # -----------------------------------------------------------------------------
@@ -180,7 +140,7 @@ def build(args, dataset):
     else:
         sizes = dict(G.PRESETS[args.preset or "nano"])
         spec = args.text or "small"
-        if getattr(dataset, "captions_from", "") == "none" and args.text is None:
+        if args.text is None and isinstance(dataset, D.Folder) and not any(dataset.captions):
             spec = "none"                                  # pictures without captions
         vocabulary = [] if spec == "none" else vocabulary_of(dataset, spec)
         encoder = G.TextEncoder(spec, vocabulary)
@@ -234,37 +194,10 @@ def report_init(net, init, args):
 
 
 # -----------------------------------------------------------------------------
-# 3. Data: latents in memory
+# 3. Data: which items a step sees, and their latents
 # -----------------------------------------------------------------------------
 
-class Chunks(torch.utils.data.Dataset):
-    """A dataset's items by the chunk: lists of indices -> (uint8 (B, F, H, W, 3), captions)."""
-    def __init__(self, dataset, chunks):
-        self.dataset, self.chunks = dataset, chunks
-
-    def __len__(self):
-        return len(self.chunks)
-
-    def __getitem__(self, k):
-        clips, captions = zip(*(self.dataset[i] for i in self.chunks[k]))
-        return torch.from_numpy(np.stack(clips)), list(captions)
-
-
-def loader(dataset, chunks, workers):
-    return DataLoader(Chunks(dataset, chunks), batch_size=None, num_workers=workers,
-                      prefetch_factor=4 if workers else None)
-
-
-@torch.no_grad()
-def encode(dataset, vae, args, what="encoding"):
-    """Draws or decodes a dataset once and keeps its latents: (n, F, C, h, w), captions. Chunks
-    are always the same ones, so that a resumed run sees the same latents to the last bit."""
-    chunks = [range(i, min(i + 64, len(dataset))) for i in range(0, len(dataset), 64)]
-    latents, captions = [], []
-    for clips, texts in tqdm(loader(dataset, chunks, args.workers), desc=what, disable=not args.main):
-        latents.append(vae.encode(G.to_float(clips).to(args.device)).cpu())
-        captions += texts
-    return torch.cat(latents), captions
+CHUNK = 64      # items that are drawn and encoded together: always the same ones, whatever the run
 
 
 @lru_cache(maxsize=4)
@@ -272,10 +205,64 @@ def permutation(seed, epoch, n):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def items_of_step(seed, step, batch, n):
-    """Which items step `step` trains on: a function of its arguments. Every epoch is a new permutation."""
-    places = range(step * batch, (step + 1) * batch)
-    return [int(permutation(seed, place // n, n)[place % n]) for place in places]
+def places_of_step(seed, step, batch, n):
+    """Which places of the shuffled dataset step `step` trains on: a function of its arguments. The
+    first epoch walks through them in order, every later one in an order of its own."""
+    everything = range(step * batch, (step + 1) * batch)
+    return [i if i < n else int(permutation(seed, i // n, n)[i % n]) for i in everything]
+
+
+class Chunks(torch.utils.data.Dataset):
+    """A dataset by the chunk: lists of places -> (uint8 (B, F, H, W, 3), captions). The dataset is
+    shuffled once, so that class folders do not come one class after the other."""
+    def __init__(self, dataset, chunks, seed):
+        self.dataset, self.chunks, self.order = dataset, chunks, permutation(seed, 0, len(dataset))
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __getitem__(self, k):
+        clips, captions = zip(*(self.dataset[int(self.order[place])] for place in self.chunks[k]))
+        return torch.from_numpy(np.stack(clips)), list(captions)
+
+
+def loader(dataset, chunks, args):
+    """Chunks in order, drawn or decoded ahead of time by --workers processes."""
+    workers = min(args.workers, len(chunks))
+    return DataLoader(Chunks(dataset, chunks, args.seed), batch_size=None, num_workers=workers,
+                      worker_init_fn=ignore_signals, prefetch_factor=4 if workers else None)
+
+
+def ignore_signals(worker):
+    """Ctrl-C reaches the whole process group; only the main process decides what it means."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+class Latents:
+    """A dataset's latents, in memory, encoded when first asked for: training starts at once, and the
+    first epoch pays for the encoding as it goes. latents[places] -> (B, F, C, h, w), captions."""
+    def __init__(self, dataset, vae, args):
+        self.vae, self.device, self.n = vae, args.device, len(dataset)
+        chunks = [range(i, min(i + CHUNK, self.n)) for i in range(0, self.n, CHUNK)]
+        self.feed = iter(loader(dataset, chunks, args))
+        self.z, self.captions, self.args = [], [], args
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, places):
+        missing = max(places) + 1 - len(self.captions)
+        with tqdm(total=missing, desc="encoding", leave=False,
+                  disable=missing < 32 * CHUNK or not self.args.main) as bar:
+            while len(self.captions) <= max(places):            # after a resume: the whole first epoch
+                clips, captions = next(self.feed)
+                with torch.no_grad():
+                    z = self.vae.encode(G.to_float(clips).to(self.device)).cpu()
+                self.z += z
+                self.captions += captions
+                bar.update(len(captions))
+        return torch.stack([self.z[i] for i in places]), [self.captions[i] for i in places]
 
 
 # -----------------------------------------------------------------------------
@@ -342,7 +329,7 @@ def provenance(args):
                                 text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""
-    return dict(commit=commit, torch=torch.__version__, numpy=np.__version__, python=sys.version.split()[0],
+    return dict(commit=commit, torch=str(torch.__version__), numpy=np.__version__, python=sys.version.split()[0],
                 device=str(args.device), seed=args.seed)
 
 
@@ -376,15 +363,14 @@ def vae_part(vae):
 def measure_latents(vae, dataset, args, n=512):
     """Mean and standard deviation of each latent channel over n items, stored in the autoencoder."""
     vae.mean.zero_(), vae.std.fill_(1)
-    sums = torch.zeros(2, vae.channels, dtype=torch.float64)
-    count = 0
-    for clips, _ in loader(dataset, [range(i, min(i + 64, len(dataset))) for i in range(0, min(n, len(dataset)), 64)], 0):
-        z = vae.encode(G.to_float(clips).to(args.device)).cpu().double()        # (B, F, C, h, w)
-        sums += torch.stack([z.sum((0, 1, 3, 4)), z.square().sum((0, 1, 3, 4))])
-        count += z.numel() // vae.channels
-    mean = sums[0] / count
-    vae.mean.copy_(mean)
-    vae.std.copy_((sums[1] / count - mean ** 2).clamp(min=1e-8).sqrt())
+    n = min(n, len(dataset))
+    z = []
+    for i in range(0, n, CHUNK):
+        clips = np.stack([dataset[k][0] for k in range(i, min(i + CHUNK, n))])
+        z.append(vae.encode(G.to_float(clips).to(args.device)).cpu().double())       # (b, F, C, h, w)
+    z = torch.cat(z).transpose(0, 2).flatten(1)                                      # (C, everything)
+    vae.mean.copy_(z.mean(1))
+    vae.std.copy_(z.std(1).clamp(min=1e-4))
 
 
 def save(out, state, net, ema, optimizer, step, args, dataset):
@@ -420,38 +406,37 @@ class StepItems:
 
     def __getitem__(self, k):
         args = self.args
-        return items_of_step(args.seed, self.first + k, args.batch_size, self.n)[args.own]
+        return places_of_step(args.seed, self.first + k, args.batch_size, self.n)[args.own]
 
 
 def vae_batches(args, dataset, vae, first):
     """Stage vae: (pictures, posterior noise) of step first, first + 1, ... Pictures are drawn or
-    decoded as they are needed, by worker processes."""
+    decoded as they are needed."""
     shape = (args.batch_size, 1, vae.channels, args.size[0] // vae.down, args.size[1] // vae.down)
-    feed = loader(dataset, StepItems(args, len(dataset), first), args.workers)
+    feed = loader(dataset, StepItems(args, len(dataset), first), args)
     for step, (clips, _) in enumerate(feed, first):
         noise = G.randomness(args.seed, step, shape).noise[args.own]
         yield G.to_float(clips), noise
 
 
-def joint_batches(args, clips, pictures, first):
+def joint_batches(args, clips, pictures, shape, first):
     """Stages t2i and t2v: (latents, captions, randomness) of step first, first + 1, ...
 
     Joint image-video training (paper 3.4): an item drawn as `still`, with probability
     --p-motion-free, is a picture repeated F times, with the picture's caption; its temporal attention
-    will be switched off in `training_loss`. In t2i there are no stills: pictures are all there is."""
-    latents, captions = clips                                   # (n, F, C, h, w), n strings
+    will be switched off in `training_loss`. In t2i there are no stills: pictures are all there is.
+    clips and pictures are Latents (pictures None: no stills); shape is (B, F, C, h, w)."""
     p_still = args.p_motion_free if pictures else 0.0
     for step in itertools.count(first):
-        draws = G.randomness(args.seed, step, (args.batch_size, *latents.shape[1:]),
-                             args.p_drop_text, p_still)[args.own]
-        items = items_of_step(args.seed, step, args.batch_size, len(latents))[args.own]
-        z0, texts = latents[items], [captions[i] for i in items]
-        if pictures:
-            stills = items_of_step(args.seed + 1, step, args.batch_size, len(pictures[0]))[args.own]
-            for j in draws.still.nonzero()[:, 0].tolist():
-                z0[j] = pictures[0][stills[j]]                  # (1, C, h, w) into every frame
-                texts[j] = pictures[1][stills[j]]
-        yield z0, texts, draws
+        draws = G.randomness(args.seed, step, shape, args.p_drop_text, p_still)[args.own]
+        z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
+        still = draws.still.nonzero()[:, 0].tolist()
+        if still:
+            places = places_of_step(args.seed, step, shape[0], len(pictures))[args.own]
+            z0[still], words = pictures[[places[j] for j in still]]     # (s, 1, C, h, w) into all frames
+            for j, caption in zip(still, words):
+                captions[j] = caption
+        yield z0, captions, draws
 
 
 def preview_vae(path, vae, dataset, args):
@@ -649,9 +634,9 @@ def train(args):
         batches = vae_batches(args, dataset, net, first)
         preview = lambda path: preview_vae(path, ema, dataset, args)
     else:
-        clips = encode(dataset, vae, args, "encoding " + ("clips" if args.frames else "pictures"))
-        stills = encode(pictures, vae, args, "encoding stills") if pictures is not None else None
-        batches = joint_batches(args, clips, stills, first)
+        shape = (args.batch_size, args.frames or 1, vae.channels, *(side // vae.down for side in args.size))
+        batches = joint_batches(args, Latents(dataset, vae, args),
+                                Latents(pictures, vae, args) if pictures is not None else None, shape, first)
         preview = lambda path: preview_samples(path, ema, vae, dataset, prompts, args)
 
     (out / "samples").mkdir(exist_ok=True)
@@ -709,12 +694,72 @@ def train(args):
     return 0
 
 
+# -----------------------------------------------------------------------------
+# 8. --benchmark: how fast is a training step?
+# -----------------------------------------------------------------------------
+
+def benchmark(args):
+    """Times training steps (forward, backward, AdamW) on random latents and text. With --conditioning
+    adaln and the diffusers package there, its DiT of the same sizes is timed too, in turn with ours:
+    machines drift, and only neighbours in time compare."""
+    B, p = args.batch_size, args.patch_size or G.PRESETS[args.preset or "nano"]["patch_size"]
+    frames, h, w = args.frames or 1, args.size[0] // 8, args.size[1] // 8
+    sizes = {**G.PRESETS[args.preset or "nano"], "patch_size": p}
+    sizes.update({k: getattr(args, k) for k in ("depth", "width", "heads") if getattr(args, k)})
+    dims = (128,) if (args.preset or "nano") == "nano" else (768, 4096)
+    with torch.device(args.device):
+        model = G.GenTron(G.GenTronConfig(**sizes, text_dims=dims, conditioning=args.conditioning or "cross",
+                                          temporal=args.stage == "t2v"))
+        z, t = torch.randn(B, frames, 4, h, w), torch.randint(1000, (B,))
+        text = G.Text(tuple(torch.randn(B, 77, d) for d in dims),
+                      (torch.ones(B, 77, dtype=torch.bool),) * len(dims), torch.randn(B, sum(dims)))
+    contenders = {"gentron": (model, lambda: model(z, t, text))}
+    if args.conditioning == "adaln" and frames == 1 and h == w:
+        try:
+            from diffusers import DiTTransformer2DModel
+            dit = DiTTransformer2DModel(num_attention_heads=sizes["heads"], in_channels=4, out_channels=4,
+                                        attention_head_dim=sizes["width"] // sizes["heads"], patch_size=p,
+                                        num_layers=sizes["depth"], sample_size=h).to(args.device)
+            labels = torch.randint(1000, (B,), device=args.device)
+            contenders["diffusers"] = (dit, lambda: dit(z[:, 0], t, labels).sample)
+        except ImportError:
+            print("diffusers is not installed: timed alone")
+    times = {name: [] for name in contenders}
+    optimizers = {name: torch.optim.AdamW(net.parameters(), lr=1e-4) for name, (net, _) in contenders.items()}
+    with FlopCounterMode(display=False) as counter:
+        model(z, t, text)
+    for turn in tqdm(range(2 + args.steps), desc="benchmark"):
+        for name, (net, forward) in contenders.items():
+            net.train()
+            started = time.perf_counter()
+            with autocast(args):
+                loss = forward().float().square().mean()
+            loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad(set_to_none=True)
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:                                       # two turns to warm up
+                times[name].append(time.perf_counter() - started)
+    flops = 3 * counter.get_total_flops()                       # backward costs twice the forward
+    for name, (net, _) in contenders.items():
+        median = float(np.median(times[name]))
+        work = f", {flops / median / 1e12:.2f} TFLOP/s" if net is model else ""
+        print(f"{name:>10}: {sum(q.numel() for q in net.parameters()) / 1e6:.1f} M parameters, "
+              f"{frames * h * w // p ** 2} tokens, batch {B}, {args.precision}: {median:.3f} s a step, "
+              f"{B / median:.1f} items/s{work}")
+    if len(times) > 1:
+        ratio = np.array(times["diffusers"]) / np.array(times["gentron"])
+        print(f"     ratio: gentron is {np.median(ratio):.2f} times as fast (turn by turn, median of {len(ratio)})")
+    return 0
+
+
 def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
     args = parser().parse_args(argv)
     try:
         prepare(args)
-        return train(args)
+        return benchmark(args) if args.benchmark else train(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -729,17 +774,18 @@ def prepare(args):
     args.main = args.rank == 0
     if args.device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    args.device = pick_device(args.device)
+    args.device = G.pick_device(args.device)
     if args.world_size > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
     args.out = args.out or str(Path("runs") / args.stage)
     out = Path(args.out)
-    if args.main and not args.resume and (out / "last.pt").exists():
+    if args.main and not args.benchmark and not args.resume and (out / "last.pt").exists():
         aside = next(p for k in itertools.count(1) if not (p := out.with_name(f"{out.name}.{k}")).exists())
         out.rename(aside)
         print(f"moved the old run to {aside}")
-    out.mkdir(parents=True, exist_ok=True)
+    if not args.benchmark:
+        out.mkdir(parents=True, exist_ok=True)
     if args.stage == "t2v":
         args.frames = args.frames or 8
         if not (out / "last.pt").exists():
