@@ -875,10 +875,13 @@ def _motion(track):
 # The six of T2I-CompBench, whose mean is the benchmark's; beside them counting, and the clips'.
 CATEGORIES = ("color", "shape", "texture", "spatial", "non-spatial", "complex")
 CLIP_CATEGORIES = ("motion", "motion-binding", "stillness", "identity")
+# Two more, for a model of the basic world: "single" is one plain object, "pair" is two ("and" or a
+# direction between them), both drawn from that world; in no mean.
 _ALL = ("color", "shape", "texture", "size", "count", "relation")
 SCORED_ON = {                   # which of a verdict's parts must hold for a prompt of the category
     "color": ("color", "count"), "shape": ("shape", "count"),
     "texture": ("color", "texture", "count"),
+    "single": ("shape", "count"), "pair": ("shape", "count"),
     "spatial": _ALL, "non-spatial": _ALL, "complex": _ALL, "numeracy": _ALL,
     "motion": ("color", "count", "motion", "smooth"),
     "motion-binding": ("color", "count", "motion", "stillness", "smooth"),
@@ -892,8 +895,8 @@ def passed(verdict, category):
 
 
 def prompts(category, n=100, split="seen"):
-    """The first n prompts of a category: fixed captions, each drawable, none twice while there are
-    more. split: "seen" asks for SEEN_PAIRS alone, "unseen" for HELD_OUT alone.
+    """The first n prompts of a category: fixed captions, each drawable, none twice; where there are
+    fewer than n (40 single objects), they start over. split: "seen" asks for SEEN_PAIRS alone, "unseen" for HELD_OUT alone.
 
     They come as swap pairs wherever both are allowed ("a red circle and a blue square", then "a
     blue circle and a red square"): who draws one picture for both is wrong in one of them."""
@@ -908,16 +911,21 @@ def prompts(category, n=100, split="seen"):
         for scene in _ask(rng, category, pairs):
             caption = scene.caption()
             fine = all((t.color, t.shape) in pairs for t in scene.things)
-            if fine and (caption not in found or misses > 200) and layout(rng, scene):
+            if fine and caption not in found and layout(rng, scene):
                 found.append(caption)
                 misses = 0
             else:
                 misses += 1
+        if misses > 1000:                                    # there are no more
+            found += found[:n - len(found)]
     return found[:n]
 
 
 def _ask(rng, category, pairs):
     """One or two scenes (a prompt and its swap partner) of a category, not yet laid out."""
+    if category in ("single", "pair"):                       # as the basic world has them
+        scene = _choose_words(rng, "single" if category == "single" else "basic", 1, pairs)
+        return [scene] if category == "single" or len(scene.things) == 2 else []
     pick = lambda options: options[int(rng.integers(len(options)))]
     while True:                                              # three things of three colours
         (c0, s0), (c1, s1), (c2, s2) = [pick(pairs) for _ in range(3)]
@@ -1182,7 +1190,7 @@ def fit(image, size):
     if image.format == "JPEG":               # decode a large JPEG at 1/2, 1/4, 1/8: cheap and exact
         image.draft("RGB", (2 * max(size), 2 * max(size)))
     turned = image.getexif().get(0x0112, 1)
-    if turned >= 5:                          # lies on its side: so does the crop
+    if turned in (5, 6, 7, 8):               # lies on its side: so does the crop
         high, wide = wide, high
     w, h = image.size
     scale = min(w / wide, h / high)          # crop first: what follows sees no more than it needs
@@ -1294,7 +1302,8 @@ def number(kind, low, high=math.inf, above=False):
     def read(text):
         try:
             value = kind(text)
-        except ValueError:
+            math.isfinite(value)                             # a whole number of 400 digits overflows
+        except (ValueError, OverflowError):
             value = math.nan
         if not (low < value <= high or (value == low and not above)) or not math.isfinite(value):
             word = "whole number" if kind is int else "number"

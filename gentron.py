@@ -51,8 +51,10 @@ import torch.utils.checkpoint
 # 1. Configuration (paper, Table 1)
 # -----------------------------------------------------------------------------
 
-PRESETS = {  # sizes only; parameters counted with cross-attention to CLIP-L + T5-XXL, no temporal layers
-    "nano": dict(depth=6,  width=192,  heads=6,  patch_size=2),   #    4.9 M with the small text encoder
+# Sizes only. Parameters are counted with cross-attention to CLIP-L and T5-XXL (768 and 4096
+# channels), without temporal layers and without the text encoders themselves.
+PRESETS = {
+    "nano": dict(depth=6,  width=192,  heads=6,  patch_size=2),   #    4.9 M (small text encoder)
     "S/2":  dict(depth=12, width=384,  heads=6,  patch_size=2),   #   60.3 M
     "B/2":  dict(depth=12, width=768,  heads=12, patch_size=2),   #  192.3 M
     "L/2":  dict(depth=24, width=1024, heads=16, patch_size=2),   #  631.7 M
@@ -72,12 +74,13 @@ class GenTronConfig:
     patch_size: int = 2                  # p: a token is p x p latent positions
     in_channels: int = 4                 # C of the latents
     mlp_ratio: int = 4                   # MLP width / D
-    text_dims: tuple = (768, 4096)       # channels of each text encoder; CLIP-L and T5-XXL; () = no text
+    text_dims: tuple = (768, 4096)       # channels of each text encoder (CLIP-L, T5-XXL); () = none
     conditioning: str = "cross"          # "cross" (the paper's choice) or "adaln" (its ablation)
     temporal: bool = False               # video: a temporal self-attention in every block
 
     def __post_init__(self):
-        self.text_dims = tuple(self.text_dims)
+        self.text_dims = tuple(self.text_dims)             # a list, when read from a file
+        # The upper limit keeps a damaged or hostile checkpoint from asking for all the memory
         for name in ("depth", "width", "heads", "patch_size", "in_channels", "mlp_ratio"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= 65536:
@@ -85,11 +88,11 @@ class GenTronConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.width % 4:
-            raise ValueError(f"width {self.width} is not divisible by 4 (sines and cosines of two axes)")
+            raise ValueError(f"width {self.width} is not divisible by 4 (sin and cos of two axes)")
         if self.conditioning not in ("cross", "adaln"):
-            raise ValueError(f"conditioning is '{self.conditioning}'; it must be 'cross' or 'adaln'")
+            raise ValueError(f"conditioning is '{self.conditioning}', not 'cross' or 'adaln'")
         if not all(isinstance(d, int) and 1 <= d <= 65536 for d in self.text_dims):
-            raise ValueError(f"text_dims is {self.text_dims}; it must hold whole numbers from 1 to 65536")
+            raise ValueError(f"text_dims {self.text_dims} must hold whole numbers from 1 to 65536")
 
     @property
     def pooled_dim(self):
@@ -106,23 +109,25 @@ def sincos(position, dim, max_period=10_000):
 
     One function for timesteps, rows, columns, frames and words. Nothing is learned, so any grid and
     any number of frames load into any checkpoint."""
+    # From 1 down to almost 1 / max_period: the first tell neighbours apart, the last near from far
     frequencies = max_period ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))
-    angles = position[..., None].float() * frequencies
+    angles = position[..., None].float() * frequencies     # (..., dim / 2), in radians
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def grid_positions(high, wide, dim, device=None):
     """(high * wide, dim): where each token of a frame lies; half of the channels say the column,
     half the row (as in DiT)."""
-    rows = torch.arange(high, device=device).repeat_interleave(wide)
-    columns = torch.arange(wide, device=device).repeat(high)
+    rows = torch.arange(high, device=device).repeat_interleave(wide)    # 0 0 0 1 1 1 ...
+    columns = torch.arange(wide, device=device).repeat(high)            # 0 1 2 0 1 2 ...
     return torch.cat([sincos(columns, dim // 2), sincos(rows, dim // 2)], dim=-1)
 
 
 def patchify(z, p):
     """(B, F, C, H, W) -> (B, F * N, p * p * C), N = (H / p) * (W / p), row by row."""
-    B, T, C, H, W = z.shape
+    B, T, C, H, W = z.shape                                # T is F: here F is torch's functional
     z = z.reshape(B, T, C, H // p, p, W // p, p)
+    # Channels last within a patch, as DiT's output layer has them: its weights can be copied over
     return z.permute(0, 1, 3, 5, 4, 6, 2).reshape(B, T * (H // p) * (W // p), p * p * C)
 
 
@@ -138,12 +143,14 @@ def unpatchify(x, p, shape):
 # -----------------------------------------------------------------------------
 
 def norm(x):
-    """LayerNorm without weights: adaLN's shift and scale take their place."""
+    """LayerNorm over the channels of (..., D), without weights: adaLN's shift and scale take their
+    place."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
+    """adaLN: x (B, T, D) by shift and scale (B, 1, D), the same for all of an item's tokens."""
+    return x * (1 + scale) + shift                         # 1 +, so that scale 0 changes nothing
 
 
 class Attention(nn.Module):
@@ -175,24 +182,28 @@ class Attention(nn.Module):
         q = self.split(self.q(x))                                          # (B, h, T, D/h)
         k, v = self.keys_values(x) if kv is None else kv                   # (B, h, L, D/h)
         if pos is not None:
-            # q and k read x + pos, v reads x. W (x + p) = W x + W p, and W p is the same for all:
+            # q and k read x + pos, v reads x. W (x + p) = W x + W p, and W p is the same for all.
+            # The first D rows of kv's weight make the keys.
             q = q + self.split(F.linear(pos[None], self.q.weight))
             k = k + self.split(F.linear(pos[None], self.kv.weight[:q.shape[1] * q.shape[3]]))
         mask = None if mask is None else mask[:, None, None, :]            # (B, 1, 1, L)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # (B, h, T, D/h)
         if motion is not None:
-            # Motion-free = the identity mask of paper 3.4: each frame sees only itself. A softmax over
-            # one key is 1, so what comes out is v itself: exact, and no mask tensor is needed.
+            # Motion-free = the identity mask of paper 3.4: each frame sees only itself. A softmax
+            # over one key is 1, so what comes out is v itself: exact, and no mask tensor is needed.
             y = torch.where(motion[:, None, None, None], y, v)
         return self.out(y.transpose(1, 2).flatten(2))                      # (B, T, D)
 
 
 class Block(nn.Module):
-    """One GenTron block: DiT's two branches (self-attention, MLP), with text and time between them."""
+    """One GenTron block: DiT's two branches (self-attention, MLP), with text and time between them.
+
+    text_dim: channels of the text encoder that this block reads; None = no cross-attention."""
     def __init__(self, cfg, text_dim):
         super().__init__()
         D = cfg.width
-        self.modulation = nn.Linear(D, 6 * D)                              # adaLN-Zero
+        # adaLN-Zero: c -> shift, scale and gate, once for each of DiT's two branches
+        self.modulation = nn.Linear(D, 6 * D)
         self.attn = Attention(D, cfg.heads)
         self.cross = Attention(D, cfg.heads, text_dim) if text_dim else None
         self.temporal = Attention(D, cfg.heads) if cfg.temporal else None
@@ -205,17 +216,19 @@ class Block(nn.Module):
             self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)           # each (B, 1, D)
         x = x + gate1 * self.within_frames(modulate(norm(x), shift1, scale1), frames)
         if self.cross is not None:
-            x = x + self.cross(norm(x), kv, mask)
+            x = x + self.cross(norm(x), kv, mask)                          # (B, F N, D)
         if self.temporal is not None:
+            # no shift, scale or gate, as in cross-attention: c acts on DiT's own two branches
             x = x + self.across_frames(norm(x), frames, pos, motion)
         return x + gate2 * self.mlp(modulate(norm(x), shift2, scale2))
 
     def within_frames(self, x, frames):
-        """Self-attention among the N tokens of each frame."""
+        """Self-attention among the N tokens of each frame: (B, F N, D) -> (B, F N, D)."""
         return self.attn(x.unflatten(1, (frames, -1)).flatten(0, 1)).reshape(x.shape)  # (B F) N D
 
     def across_frames(self, x, frames, pos, motion):
-        """TempSelfAttn, paper 3.4: among the F moments of each token, `(b t) n d -> (b n) t d`."""
+        """TempSelfAttn, paper 3.4: among the F moments of each token, `(b t) n d -> (b n) t d`.
+        x (B, F N, D), pos (F, D), motion bool (B,) or None. Returns (B, F N, D)."""
         B, FN, D = x.shape
         y = x.view(B, frames, FN // frames, D).transpose(1, 2).flatten(0, 1)           # (B N) F D
         motion = None if motion is None else motion.repeat_interleave(FN // frames)    # (B N,)
@@ -225,21 +238,25 @@ class Block(nn.Module):
 
 @dataclass
 class Text:
-    """Encoded captions. One entry an encoder: tokens (B, L, D_k) and bool mask (B, L), True = a real
-    token; pooled (B, pooled_dim)."""
+    """Encoded captions. One entry an encoder: tokens (B, L, D_k) and bool mask (B, L), True = a
+    real token; pooled (B, pooled_dim)."""
     tokens: tuple
     mask: tuple
     pooled: torch.Tensor
 
     def to(self, device):
-        return Text(tuple(x.to(device) for x in self.tokens), tuple(m.to(device) for m in self.mask),
-                    self.pooled.to(device))
+        """The same Text, of the same shapes, on another device."""
+        tokens = tuple(x.to(device) for x in self.tokens)
+        mask = tuple(m.to(device) for m in self.mask)
+        return Text(tokens, mask, self.pooled.to(device))
 
     @staticmethod
     def cat(texts):
-        """Several Texts as one batch, padded to the longest."""
-        def join(parts):
+        """Several Texts of B1, B2, ... rows as one of B1 + B2 + ..., padded to the longest L."""
+        def join(parts):                                   # (B_i, L_i, ...) -> (sum B_i, L, ...)
             longest = max(p.shape[1] for p in parts)
+            # F.pad counts from the last axis: [0, 0] leaves the channels alone, then L grows.
+            # A mask is padded with 0, which is False: no one looks at the new tokens.
             pads = [[0, 0] * (p.ndim - 2) + [0, longest - p.shape[1]] for p in parts]
             return torch.cat([F.pad(p, pad) for p, pad in zip(parts, pads)])
         return Text(tuple(join(x) for x in zip(*(t.tokens for t in texts))),
@@ -251,9 +268,9 @@ class Text:
 class ReadText:
     """What the Transformer makes of a Text: keys and values for each block, its mask, and pooled
     text as channels of D. It depends on neither z nor t, so sampling computes it once a prompt."""
-    kv: list
-    mask: list
-    pooled: torch.Tensor
+    kv: list                             # a block: (k, v), each (B, h, L, D / h), or None
+    mask: list                           # a block: bool (B, L), of the encoder which it reads
+    pooled: torch.Tensor                 # (B, D), or 0 if the model reads no text
 
 
 class GenTron(nn.Module):
@@ -261,20 +278,23 @@ class GenTron(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        D, patch = cfg.width, cfg.patch_size ** 2 * cfg.in_channels
-        cross = cfg.conditioning == "cross" and cfg.text_dims
-        text_dims = [cfg.text_dims[k % len(cfg.text_dims)] if cross else None for k in range(cfg.depth)]
-        self.patch = nn.Linear(patch, D)
+        D, patch = cfg.width, cfg.patch_size ** 2 * cfg.in_channels        # patch: p p C
+        # Interleaved text (paper 3.2): block k reads encoder k mod K, which costs no more than one
+        # encoder would. With adaLN the blocks read no tokens, and only the pooled text enters.
+        cross, K = cfg.conditioning == "cross" and cfg.text_dims, len(cfg.text_dims)
+        text_dims = [cfg.text_dims[k % K] if cross else None for k in range(cfg.depth)]
+        self.patch = nn.Linear(patch, D)                                   # p p C -> D
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.pooled = nn.Linear(cfg.pooled_dim, D) if cfg.text_dims else None
-        self.blocks = nn.ModuleList(Block(cfg, text_dim) for text_dim in text_dims)  # interleaved: k mod K
-        self.final_modulation = nn.Linear(D, 2 * D)
-        self.final = nn.Linear(D, patch)
-        self.checkpoint_activations = False      # recompute blocks in the backward pass: less memory
+        self.blocks = nn.ModuleList(Block(cfg, text_dim) for text_dim in text_dims)
+        self.final_modulation = nn.Linear(D, 2 * D)                        # c -> shift, scale
+        self.final = nn.Linear(D, patch)                                   # D -> p p C
+        self.checkpoint_activations = False      # True: recompute blocks in backward, less memory
         self.initialize()
 
     def initialize(self):
-        """All initialisation, in one place, called last. Every block starts as the identity."""
+        """All initialisation, in one place, called last. Every block starts as the identity, and
+        the network answers 0 (the mean of eps, and of v): training starts at a loss near 1."""
         # every matrix: Xavier uniform, as in DiT; every bias: zero
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -287,25 +307,27 @@ class GenTron(nn.Module):
         zero = [self.final_modulation, self.final]
         for block in self.blocks:
             zero.append(block.modulation)
-            # cross and temporal attention have no gate: their output projection starts at zero, so a
-            # fresh video model is its image parent (paper 3.4)
-            zero += [attention.out for attention in (block.cross, block.temporal) if attention is not None]
+            # cross and temporal attention have no gate: their output projection starts at zero, so
+            # a fresh video model is its image parent (paper 3.4). Not kv as well: with zeros in
+            # both, no gradient would ever reach either matrix.
+            ungated = (block.cross, block.temporal)
+            zero += [attention.out for attention in ungated if attention is not None]
         for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def read(self, text):
-        """Text -> ReadText. Raises ValueError if the text is not of the encoders in `cfg.text_dims`."""
-        if self.pooled is None:
+        """Text -> ReadText. Raises ValueError if text's widths are not those of `cfg.text_dims`."""
+        if self.pooled is None:                            # a model without text ignores it
             return ReadText([None] * self.cfg.depth, [None] * self.cfg.depth, 0)
         dims = tuple(x.shape[-1] for x in text.tokens)
         if dims != self.cfg.text_dims:
             raise ValueError(f"text has widths {dims}, this model reads {self.cfg.text_dims}")
         # OURS: tokens are layer-normalised here: T5's are many times the size of CLIP's
-        tokens = [norm(x) for x in text.tokens]
+        tokens = [norm(x) for x in text.tokens]            # K times (B, L, D_k)
         kv, mask = [], []
         for k, block in enumerate(self.blocks):
-            i = k % len(tokens)
+            i = k % len(tokens)                            # interleaved, as in __init__
             kv.append(block.cross.keys_values(tokens[i]) if block.cross is not None else None)
             mask.append(text.mask[i])
         return ReadText(kv, mask, self.pooled(text.pooled))
@@ -317,10 +339,12 @@ class GenTron(nn.Module):
         p, D = self.cfg.patch_size, self.cfg.width
         if H % p or W % p:
             raise ValueError(f"latents of {H} x {W} are not divisible by patch size {p}")
+        # (sampling hands in a ReadText: keys and values made once a prompt, not once a step)
         text = text if isinstance(text, ReadText) else self.read(text)
         x = self.patch(patchify(z, p))                                     # (B, F N, D)
-        x = x + grid_positions(H // p, W // p, D, z.device).repeat(frames, 1)
+        x = x + grid_positions(H // p, W // p, D, z.device).repeat(frames, 1)     # + (F N, D)
         c = self.time(sincos(t, 256)) + text.pooled                        # (B, D)
+        # Frame positions go to temporal attention alone: without it, frames have no order
         pos = sincos(torch.arange(frames, device=z.device), D)             # (F, D)
         for block, kv, mask in zip(self.blocks, text.kv, text.mask):
             if self.checkpoint_activations and self.training:
@@ -328,7 +352,7 @@ class GenTron(nn.Module):
                                                       use_reentrant=False)
             else:
                 x = block(x, c, kv, mask, frames, pos, motion)             # (B, F N, D)
-        shift, scale = self.final_modulation(F.silu(c))[:, None].chunk(2, dim=-1)
+        shift, scale = self.final_modulation(F.silu(c))[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         x = self.final(modulate(norm(x), shift, scale))                    # (B, F N, p p C)
         return unpatchify(x, p, z.shape)                                   # (B, F, C, H, W)
 
@@ -342,7 +366,7 @@ class NoiseSchedule:
 
     kind "linear" with objective "eps" is DDPM's and the paper's. "cosine" with "v" (predict
     v = alpha noise - sigma z_0) is for small latents, which the linear schedule drowns early.
-    """
+    Raises ValueError for another kind or objective."""
     def __init__(self, kind="linear", objective="eps", steps=1000):
         if kind not in ("linear", "cosine"):
             raise ValueError(f"schedule is '{kind}'; it must be 'linear' or 'cosine'")
@@ -353,56 +377,66 @@ class NoiseSchedule:
             # OURS: the paper gives no betas; these are DDPM's (Ho et al. 2020)
             betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
         else:                                              # Nichol & Dhariwal 2021, equation 17
+            # level is alpha_t^2; 0.008 keeps the first steps from being too small to matter, and
+            # 0.999 keeps the last from dividing by zero
             level = lambda t: math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = torch.tensor([min(1 - level(t + 1) / level(t), 0.999) for t in range(steps)],
                                  dtype=torch.float64)
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)  # alpha_t^2
+        # float64 throughout: a thousand factors near 1 would lose digits, and 1 - alpha^2 more
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)  # alpha_t^2, (steps,)
         # One more entry at the end, so that t = -1 reads "no noise left": alpha 1, sigma 0
         self.alpha = torch.cat([self.alphas_cumprod, torch.ones(1, dtype=torch.float64)]).sqrt()
-        self.sigma = (1 - self.alpha ** 2).sqrt()
+        self.sigma = (1 - self.alpha ** 2).sqrt()          # both (steps + 1,)
 
     def at(self, t, like):
-        """alpha_t and sigma_t, shaped to multiply `like` (B, ...)."""
-        shape = (-1,) + (1,) * (like.ndim - 1)
+        """alpha_t and sigma_t of t (B,), shaped to multiply `like` (B, ...)."""
+        shape = (-1,) + (1,) * (like.ndim - 1)             # (B, 1, 1, ...)
         return (self.alpha[t.cpu()].to(like).view(shape), self.sigma[t.cpu()].to(like).view(shape))
 
     def q_sample(self, z0, t, noise):
-        """Clean latents -> latents at step t, in one go."""
+        """Clean latents z0 (B, ...) -> latents at step t (B,), in one go; noise (B, ...)."""
         alpha, sigma = self.at(t, z0)
         return alpha * z0 + sigma * noise
 
     def target(self, z0, t, noise):
-        """What the network should answer."""
+        """What the network should answer: (B, ...), shaped like z0 and noise; t (B,)."""
         if self.objective == "eps":
             return noise
         alpha, sigma = self.at(t, z0)
         return alpha * noise - sigma * z0
 
     def read(self, out, z, alpha, sigma):
-        """The network's raw output -> its z0 and its eps. Both straight from the output: z0 by way of
-        eps divides by alpha, and at high noise a v model would lose all digits in bf16."""
+        """The network's raw output (B, ...) -> its z0 and its eps; alpha, sigma are numbers. Both
+        straight from the output: z0 by way of eps divides by alpha, and at high noise a v model
+        would lose all digits in bf16."""
         if self.objective == "eps":
             return (z - sigma * out) / alpha, out
+        # (z, v) is (z0, eps) turned by an angle, as alpha^2 + sigma^2 = 1: turn it back
         return alpha * z - sigma * out, sigma * z + alpha * out
 
     def timesteps(self, n):
-        """n steps from pure noise down ("trailing" spacing): 999, 959, ... 39 for n = 25."""
+        """n timesteps from pure noise down ("trailing" spacing): 999, 959, ... 39 for n = 25.
+        Raises ValueError unless 1 <= n <= steps."""
         if not 1 <= n <= self.steps:
-            raise ValueError(f"{n} sampling steps; it must be a whole number from 1 to {self.steps}")
+            raise ValueError(f"{n} sampling steps; there must be from 1 to {self.steps}")
+        # Trailing, because sampling begins with pure noise: the first step must be the noisiest
         return [round(self.steps - k * self.steps / n) - 1 for k in range(n)]
 
     def denoise(self, predict, z, steps=25, sampler="dpm++", generators=None):
-        """Generator: walks from noise z (B, ...) to clean latents; yields (t, z, z0) after each step:
-        the timestep just used, the latents now, the estimate of the clean latents. The last z is z0.
+        """Generator: walks from noise z (B, ...) to clean latents and yields (t, z, z0) after each
+        step: the timestep just used, the latents now, the estimate of the clean latents. The last z
+        is z0.
 
-        predict(z, t) -> the raw output. sampler "ddim" (Song et al. 2021, eta = 0), "ddpm" (Ho et al.
-        2020, with one torch.Generator an item) or "dpm++" (Lu et al. 2022, DPM-Solver++(2M))."""
+        predict(z, t) -> the raw output. sampler: "ddim" (Song et al. 2021, eta = 0), "ddpm" (Ho et
+        al. 2020, with one torch.Generator an item) or "dpm++" (Lu et al. 2022, DPM-Solver++(2M)).
+        Raises ValueError for another sampler, or steps outside of 1 .. self.steps."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
-        times = self.timesteps(steps) + [-1]
+        times = self.timesteps(steps) + [-1]              # -1: no noise left
         before = None                                     # dpm++ remembers (z0, t) of the last step
         for t, s in zip(times, times[1:]):                # from t to the less noisy s
             alpha, sigma = self.alpha[t].item(), self.sigma[t].item()
+            # z stays in fp32, whatever the model runs in: small steps would be lost in bf16
             out = predict(z, torch.full((len(z),), t, device=z.device)).float()
             z0, eps = self.read(out, z, alpha, sigma)
             z = SAMPLERS[sampler](self, z, z0, eps, t, s, before, generators)
@@ -416,30 +450,36 @@ class NoiseSchedule:
         return z
 
 
+# The three updates: z at step t, the network's z0 and eps, all (B, ...) -> z at the less noisy s.
+
 def ddim(schedule, z, z0, eps, t, s, before, generators):
-    """Put the predicted noise back, at the lower level."""
+    """Puts the predicted noise back, at the lower level: (B, ...) -> (B, ...)."""
     return schedule.alpha[s].item() * z0 + schedule.sigma[s].item() * eps
 
 
 def ddpm(schedule, z, z0, eps, t, s, before, generators):
-    """A draw from q(z_s | z_t, z0): a mean between z0 and z_t, and fresh noise but at the last step."""
+    """A draw from q(z_s | z_t, z0): a mean between z0 and z_t, plus fresh noise from one generator
+    an item (but none at the last step). (B, ...) -> (B, ...)."""
     if s < 0:
         return z0                                         # no noise behind the last step
-    a_t, a_s = schedule.alpha[t].item() ** 2, schedule.alpha[s].item() ** 2
+    a_t, a_s = schedule.alpha[t].item() ** 2, schedule.alpha[s].item() ** 2    # Ho's alpha-bar
     beta = 1 - a_t / a_s                                  # of the whole stride from s to t
     mean = (a_s ** 0.5 * beta * z0 + (a_t / a_s) ** 0.5 * (1 - a_s) * z) / (1 - a_t)
+    # Drawn item by item, on the CPU: a picture depends on its own seed, not on batch or device
     fresh = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
     return mean + math.sqrt(beta * (1 - a_s) / (1 - a_t)) * fresh
 
 
 def dpm_solver_pp(schedule, z, z0, eps, t, s, before, generators):
-    """Exact for the linear part of the ODE, second order in z0: the last two estimates give its slope
-    in lambda = log(alpha / sigma). The first and the last step are first order."""
+    """Exact for the linear part of the ODE, second order in z0: the last two estimates give its
+    slope in lambda = log(alpha / sigma). The first and the last step are first order.
+    (B, ...) -> (B, ...)."""
     if s < 0:
-        return z0
+        return z0                                         # sigma 0: the limit, at infinite lambda
     lam = lambda i: math.log(schedule.alpha[i].item() / schedule.sigma[i].item())
-    h = lam(s) - lam(t)
+    h = lam(s) - lam(t)                                   # > 0: lambda grows as noise goes
     if before is not None:
+        # z0 extrapolated to the middle of this step, from its change over the last one
         r = (lam(t) - lam(before[1])) / h
         z0 = z0 + (z0 - before[0]) / (2 * r)
     return schedule.sigma[s].item() / schedule.sigma[t].item() * z \
@@ -451,23 +491,24 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
 
 @dataclass
 class Draws:
-    """All the randomness of one training step: t (B,), noise (B, F, C, H, W), drop_text and still
-    bool (B,)."""
-    t: torch.Tensor
-    noise: torch.Tensor
-    drop_text: torch.Tensor
-    still: torch.Tensor
+    """All the randomness of one training step. draws[a:b] is the part of items a .. b - 1."""
+    t: torch.Tensor                      # (B,) whole timesteps, 0 .. steps - 1
+    noise: torch.Tensor                  # (B, F, C, H, W)
+    drop_text: torch.Tensor              # (B,) bool: train on the null text
+    still: torch.Tensor                  # (B,) bool: train motion-free, on one picture repeated
 
     def __getitem__(self, part):
         return Draws(self.t[part], self.noise[part], self.drop_text[part], self.still[part])
 
 
 def randomness(seed, step, shape, p_drop_text=0.0, p_still=0.0, timesteps=1000):
-    """Draws for the whole global batch of one step, shape (B, F, C, H, W): a function of
-    (seed, step) alone. Processes and micro-batches take slices of it, so their number never changes a
-    run, nor does stopping and going on. Drawn on the CPU: the same on every device."""
+    """Draws for the whole global batch of one step, shape (B, F, C, H, W): a function of seed and
+    step alone. Processes and micro-batches take slices of it, so their number never changes a run,
+    nor does stopping and going on. Drawn on the CPU: the same on every device."""
+    # A stride between seeds: two of them share no draws within a million steps
     g = torch.Generator().manual_seed(seed * 1_000_003 + step)
     # OURS: 10 % of captions are dropped, the field's usual rate for classifier-free guidance
+    # Both drops are drawn even where the probability is 0, so changing it changes no other draw
     drop_text = torch.rand(shape[0], generator=g) < p_drop_text
     still = torch.rand(shape[0], generator=g) < p_still
     t = torch.randint(timesteps, (shape[0],), generator=g)
@@ -476,21 +517,23 @@ def randomness(seed, step, shape, p_drop_text=0.0, p_still=0.0, timesteps=1000):
 
 def training_loss(model, encoder, schedule, z0, captions, draws):
     """The loss of each item, (B,): mean squared error of the network's answer (paper 3.1).
+    z0 (B, F, C, H, W) clean latents, captions B strings, draws of B items.
 
     Both conditions are dropped here, in sight. Text: the caption becomes "" (so the null text is
     exactly what sampling will use). Motion (paper 3.4): an item drawn as `still` holds one picture
     repeated F times, and its frames do not see each other."""
-    captions = ["" if drop else caption for caption, drop in zip(captions, draws.drop_text.tolist())]
-    motion = ~draws.still.to(z0.device) if model_config(model).temporal else None
+    drops = draws.drop_text.tolist()
+    captions = ["" if drop else caption for caption, drop in zip(captions, drops)]
+    motion = ~draws.still.to(z0.device) if model_config(model).temporal else None      # (B,)
     t, noise = draws.t.to(z0.device), draws.noise.to(z0.device)
     out = model(schedule.q_sample(z0, t, noise), t, encoder(captions), motion)
     error = out.float() - schedule.target(z0, t, noise)     # in fp32, whatever the model runs in
-    return error.square().flatten(1).mean(1)
+    return error.square().flatten(1).mean(1)                # the mean over items is the caller's
 
 
 def model_config(model):
     """The config of a GenTron, also behind DistributedDataParallel or torch.compile."""
-    while not hasattr(model, "cfg"):
+    while not hasattr(model, "cfg"):                        # wrappers can be nested
         model = getattr(model, "module", None) or model._orig_mod
     return model.cfg
 
@@ -515,22 +558,27 @@ def guided(model, text, null, cfg=4.0, motion_scale=1.0):
     temporal attention off everywhere: l_T e(text, off) + (1 - l_T) e(null, off).
 
     text, null: Texts of B rows (null may have 1). The branches run as one batch; their keys and
-    values are computed here, once, not at every step."""
+    values are computed here, once, not at every step. predict takes z (B, F, C, H, W) and t (B,)
+    and returns the guided raw output (B, F, C, H, W), fp32."""
+    # One branch an evaluation of the network: its weight, its text, motion on or off
     if motion_scale is None:
         branches = [(cfg, text, False), (1 - cfg, null, False)]
     else:
-        branches = [(cfg, text, True), (motion_scale - cfg, null, True), (1 - motion_scale, null, False)]
-    branches = [branch for branch in branches if branch[0] != 0]
-    B = len(text.pooled)
-    widen = lambda x: x.expand(B, *x.shape[1:])
+        branches = [(cfg, text, True),
+                    (motion_scale - cfg, null, True),
+                    (1 - motion_scale, null, False)]
+    branches = [branch for branch in branches if branch[0] != 0]    # at least one: they sum to 1
+    B, n, device = len(text.pooled), len(branches), text.pooled.device
+    widen = lambda x: x.expand(B, *x.shape[1:])            # one null row for all prompts
     rows = [Text(tuple(map(widen, x.tokens)), tuple(map(widen, x.mask)), widen(x.pooled))
             for _, x, _ in branches]
-    read = model.read(Text.cat(rows))
-    n = len(branches)
-    motion = torch.tensor([on for _, _, on in branches], device=text.pooled.device).repeat_interleave(B)
-    weights = torch.tensor([w for w, _, _ in branches], device=text.pooled.device)
+    read = model.read(Text.cat(rows))                      # n B rows, branch by branch
+    motion = torch.tensor([on for _, _, on in branches], device=device)                # (n,)
+    motion = motion.repeat_interleave(B)                                               # (n B,)
+    weights = torch.tensor([w for w, _, _ in branches], device=device)                 # (n,)
 
     def predict(z, t):
+        # The branches differ in their conditions only: the same z and t, n times
         out = model(z.repeat(n, 1, 1, 1, 1), t.repeat(n), read, motion).float()
         return torch.einsum("n,nbfchw->bfchw", weights, out.unflatten(0, (n, B)))
     return predict
@@ -542,104 +590,119 @@ def guided(model, text, null, cfg=4.0, motion_scale=1.0):
 
 def split_words(caption):
     """'An orange circle!' -> ['a', 'orange', 'circle']. A CJK character is a word of its own."""
+    # Kana, Han and Hangul, which put no spaces between words; else runs of letters and digits
     found = re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+", caption.lower())
     return ["a" if word == "an" else word for word in found]
 
 
 class WordEncoder(nn.Module):
     """The small text encoder: a word-level vocabulary and a two-layer Transformer, trained together
-    with the model. (The paper's are frozen CLIP and T5: `FrozenEncoder`. OURS: this one learns a small
-    world's few dozen words in minutes, on a laptop, offline.)"""
+    with the model. (The paper's are frozen CLIP and T5: `FrozenEncoder`. OURS: this one learns a
+    small world's few dozen words in minutes, on a laptop, offline.)"""
     PAD, START, UNKNOWN = 0, 1, 2        # START makes sure that "" has one real token
 
     def __init__(self, vocabulary, dim=128, depth=2, heads=4, max_words=64):
         super().__init__()
         self.vocabulary, self.max_words, self.dim = list(vocabulary), max_words, dim
         self.index = {word: k + 3 for k, word in enumerate(self.vocabulary)}
+        # nn.Embedding, not weight[ids], whose backward is not deterministic on several threads
         self.words = nn.Embedding(len(self.vocabulary) + 3, dim)
         self.attn = nn.ModuleList(Attention(dim, heads) for _ in range(depth))
-        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-                                 for _ in range(depth))
+        mlp = lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.ModuleList(mlp() for _ in range(depth))
 
     def forward(self, captions):
         """List of B strings -> tokens (B, L, dim), mask (B, L), pooled (B, dim)."""
         rows = [[self.START] + [self.index.get(word, self.UNKNOWN) for word in split_words(caption)]
                 for caption in captions]
-        L = min(self.max_words, max(map(len, rows)))
-        ids = torch.tensor([(row + [self.PAD] * L)[:L] for row in rows], device=self.words.weight.device)
+        L = min(self.max_words, max(map(len, rows)))                       # START counts as a word
+        rows = [(row + [self.PAD] * L)[:L] for row in rows]                # each L long
+        ids = torch.tensor(rows, device=self.words.weight.device)          # (B, L)
         mask = ids != self.PAD                                             # (B, L)
+        # Word order matters ("a left of b"), so every word gets its place
         x = self.words(ids) + sincos(torch.arange(L, device=ids.device), self.dim)
         for attn, mlp in zip(self.attn, self.mlp):
             y = norm(x)
             x = x + attn(y, attn.keys_values(y), mask)                     # (B, L, dim)
             x = x + mlp(norm(x))
         x = norm(x)
+        # Pooled: the mean over real tokens; never 0 / 0, thanks to START
         return x, mask, (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def unknown(self, caption):
+        """The words of one caption that the vocabulary lacks, in their order; all read UNKNOWN."""
         return [word for word in split_words(caption) if word not in self.index]
 
 
 class LabelEncoder(nn.Module):
     """Classes in place of sentences: a learned vector a class, and one for none. With adaLN
-    conditioning the model is then exactly DiT, where the paper starts."""
+    conditioning the model is then exactly DiT, where the paper starts. An unknown class is a
+    KeyError: ask `unknown` first."""
     def __init__(self, vocabulary, dim=128):
         super().__init__()
         self.vocabulary, self.dim = list(vocabulary), dim
+        # "" is "no class": what a dropped caption becomes, and so the null text of guidance
         self.index = {label: k + 1 for k, label in enumerate(self.vocabulary)} | {"": 0}
         self.labels = nn.Embedding(len(self.vocabulary) + 1, dim)
 
     def forward(self, captions):
         """List of B strings -> tokens (B, 1, dim), mask (B, 1), pooled (B, dim)."""
-        ids = torch.tensor([self.index[caption] for caption in captions], device=self.labels.weight.device)
-        x = self.labels(ids)
-        return x[:, None], torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device), x
+        ids = [self.index[caption] for caption in captions]
+        x = self.labels(torch.tensor(ids, device=self.labels.weight.device))       # (B, dim)
+        mask = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+        return x[:, None], mask, x                         # a class is a text of one token
 
     def unknown(self, caption):
+        """[caption] if it names no class, else []."""
         return [] if caption in self.index else [caption]
 
 
 class TextEncoder(nn.Module):
     """Captions -> Text, through one or several encoders.
 
-    spec: "small", "small+small", "labels", "none"; "clip", "t5", "clip+t5", or the names or folders of
-    other encoders of the transformers library, joined by +. vocabulary: words (small) or class
-    names (labels). Raises ValueError for a combination that makes no sense."""
+    spec: "small", "small+small", "labels", "none"; "clip", "t5", "clip+t5", or the names or folders
+    of other encoders of the transformers library, joined by +. vocabulary: words (small) or class
+    names (labels). dim: channels of a small encoder or a label. Raises ValueError for a combination
+    that makes no sense, or a pretrained encoder that cannot be loaded."""
     def __init__(self, spec="small", vocabulary=(), dim=128):
         super().__init__()
         self.spec, self.vocabulary, self.dim = spec, list(vocabulary), dim
         parts = [] if spec == "none" else spec.split("+")
         if "none" in parts or "" in parts or ("labels" in parts and len(parts) > 1):
-            raise ValueError(f"text '{spec}': 'none' and 'labels' stand alone, others are joined by +")
+            raise ValueError(f"text '{spec}': 'none' and 'labels' stand alone, "
+                             f"others are joined by +")
+        # "small+small" is two encoders of different weights: interleaving, without a download
         make = {"small": WordEncoder, "labels": LabelEncoder}
         self.encoders = nn.ModuleList(make[part](self.vocabulary, dim) if part in make
                                       else FrozenEncoder(part) for part in parts)
-        self.trained = any(part in make for part in parts)
-        self.dims = tuple(encoder.dim for encoder in self.encoders)
+        self.trained = any(part in make for part in parts)                 # optimise it, save it
+        self.dims = tuple(encoder.dim for encoder in self.encoders)        # a config's text_dims
         self.register_buffer("nothing", torch.zeros(0), persistent=False)   # knows the device
 
     def forward(self, captions):
         """List of B strings -> Text. The null text is the encoding of ""."""
-        if not self.encoders:
+        if not self.encoders:                              # "none": only the batch size is left
             return Text((), (), self.nothing.new_zeros(len(captions), 0))
         tokens, mask, pooled = zip(*(encoder(captions) for encoder in self.encoders))
-        return Text(tokens, mask, torch.cat(pooled, dim=-1))
+        return Text(tokens, mask, torch.cat(pooled, dim=-1))   # side by side: (B, sum of dims)
 
     def unknown(self, caption):
-        """Words (or the class) that an encoder has never heard of."""
+        """Words (or the class) that an encoder has never heard of: a sorted list of strings."""
         return sorted({word for encoder in self.encoders for word in encoder.unknown(caption)})
 
 
 class FrozenEncoder(nn.Module):
-    """A pretrained text encoder through transformers, never trained (paper 3.2: CLIP-L, Flan-T5-XXL).
+    """A pretrained text encoder through transformers, never trained (paper 3.2: CLIP-L and
+    Flan-T5-XXL).
 
     name: "clip", "t5", or a name or local folder. CLIP's pooled output is its own; T5 has none, so
-    the mean over real tokens is taken (OURS: the paper does not say). Raises ValueError, in one line,
-    if the package, the weights or the network are missing."""
+    the mean over real tokens is taken (OURS: the paper does not say). Raises ValueError, in one
+    line, if the package, the weights or the network are missing."""
     NAMES = {"clip": "openai/clip-vit-large-patch14", "t5": "google/flan-t5-xxl"}
 
     def __init__(self, name, max_tokens=120):
         super().__init__()
+        # Imported here: nobody needs the package who trains the small encoder
         try:
             from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
         except ImportError:
@@ -647,35 +710,46 @@ class FrozenEncoder(nn.Module):
                              f"try: pip install -e '.[pretrained]'") from None
         path = self.NAMES.get(name, name)
         try:
+            # The kind comes from the file, not from the name: a local folder can be called anything
             kind = AutoConfig.from_pretrained(path).model_type
             self.clip = kind.startswith("clip")
             if not (self.clip or kind in ("t5", "mt5", "umt5")):
                 raise ValueError(f"'{path}' is a {kind} model; CLIP and T5 text encoders are known")
             # bf16 on a GPU halves T5-XXL; never fp16, in which T5 overflows
             dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-            self.net = (CLIPTextModel if self.clip else T5EncoderModel).from_pretrained(path, dtype=dtype)
+            family = CLIPTextModel if self.clip else T5EncoderModel        # T5 without its decoder
+            self.net = family.from_pretrained(path, dtype=dtype)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"text encoder '{path}' cannot be loaded ({str(error).splitlines()[0][:200]}); "
+            reason = str(error).splitlines()[0][:200]      # the rest is advice to programmers
+            raise ValueError(f"text encoder '{path}' cannot be loaded ({reason}); "
                              f"try a local folder, or with a network: hf download {path}") from None
         self.net.requires_grad_(False).eval()
-        self.dim = self.net.config.hidden_size if self.clip else self.net.config.d_model
-        self.max_tokens = min(max_tokens, self.net.config.max_position_embeddings) if self.clip else max_tokens
+        config = self.net.config
+        self.dim = config.hidden_size if self.clip else config.d_model
+        # CLIP has learned 77 positions and no more; T5's are relative, so any length would do
+        longest = config.max_position_embeddings if self.clip else max_tokens
+        self.max_tokens = min(max_tokens, longest)
 
     def train(self, mode=True):
+        """Stays in eval mode, also when the model around it is set to train. Returns self."""
         return super().train(False)                        # frozen: no dropout, ever
 
     @torch.no_grad()
     def forward(self, captions):
         """List of B strings -> tokens (B, L, dim), mask (B, L), pooled (B, dim), all fp32."""
-        batch = self.tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_tokens,
-                               return_tensors="pt").to(self.net.device)
+        # Padded to the longest of this batch, not to max_tokens: captions are short
+        batch = self.tokenizer(list(captions), padding=True, truncation=True,
+                               max_length=self.max_tokens, return_tensors="pt").to(self.net.device)
         out = self.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         x, mask = out.last_hidden_state.float(), batch.attention_mask.bool()
-        pooled = out.pooler_output.float() if self.clip else (x * mask[..., None]).sum(1) / mask.sum(1, True)
-        return x * mask[..., None], mask, pooled
+        x = x * mask[..., None]                                            # (B, L, dim), padding 0
+        # Both tokenizers end every text with an end token, so "" too has something to average
+        pooled = out.pooler_output.float() if self.clip else x.sum(1) / mask.sum(1, True)
+        return x, mask, pooled
 
     def unknown(self, caption):
+        """[]: a subword tokenizer can spell any word."""
         return []
 
 
@@ -684,11 +758,14 @@ class FrozenEncoder(nn.Module):
 # -----------------------------------------------------------------------------
 
 class ResBlock(nn.Module):
-    """x + conv(conv(x)), each behind a GroupNorm and a SiLU."""
+    """x + conv(conv(x)), each behind a GroupNorm and a SiLU: (B, C, H, W) -> the same shape."""
     def __init__(self, channels):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        # GroupNorm, not BatchNorm: latents of a picture must not depend on the rest of its batch
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -698,59 +775,77 @@ class ResBlock(nn.Module):
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, 4, H/8, W/8).
 
-    encoder and decoder list the channels of each level; every level but the first halves the grid, and
-    so does the pixel-unshuffle at the door. `encode` returns latents of mean 0 and standard deviation 1 a
-    channel, by the `mean` and `std` measured after training and stored with the weights (instead of a
-    magic 0.18215)."""
+    encoder and decoder list the channels of each level, in the order of use; every level but the
+    first halves the encoder's grid, and so does the pixel-unshuffle at the door. kl: weight of the
+    KL term in the loss. `encode` returns latents of mean 0 and standard deviation 1 a channel, by
+    the `mean` and `std` measured after training and stored with the weights (instead of a magic
+    0.18215). Raises ValueError for levels that cannot be built."""
     def __init__(self, encoder=(24, 48, 96), decoder=(96, 64, 32), channels=4, kl=1e-4):
         super().__init__()
         self.config = dict(encoder=list(encoder), decoder=list(decoder), channels=channels, kl=kl)
+        # GroupNorm's 8 groups want multiples of 8; the limits guard against a damaged checkpoint
+        levels = [*encoder, *decoder]
         if not (1 <= len(encoder) == len(decoder) <= 8
-                and all(isinstance(c, int) and c % 8 == 0 and 8 <= c <= 4096 for c in [*encoder, *decoder])
+                and all(isinstance(c, int) and c % 8 == 0 and 8 <= c <= 4096 for c in levels)
                 and isinstance(channels, int) and 1 <= channels <= 256):
-            raise ValueError(f"autoencoder {self.config}: as many encoder as decoder levels, each of a "
-                             f"multiple of 8 channels")
+            raise ValueError(f"autoencoder {self.config}: as many encoder as decoder levels, "
+                             f"each of a multiple of 8 channels")
         self.channels, self.down, self.kl = channels, 2 ** len(encoder), kl
-        layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, encoder[0], 3, padding=1)]
+        # Encoder, for the default sizes. Pixels become channels first: no convolution ever runs at
+        # full resolution, where it would cost the most (OURS, for two CPU cores).
+        layers = [nn.PixelUnshuffle(2),                                    # (12, H/2, W/2)
+                  nn.Conv2d(12, encoder[0], 3, padding=1)]                 # (24, H/2, W/2)
         for c, below in zip(encoder, [*encoder[1:], None]):
             layers.append(ResBlock(c))
             if below:
+                # -> (48, H/4, W/4) -> (96, H/8, W/8)
                 layers.append(nn.Conv2d(c, below, 3, stride=2, padding=1))
-        layers += [nn.GroupNorm(8, encoder[-1]), nn.SiLU(), nn.Conv2d(encoder[-1], 2 * channels, 3, padding=1)]
+        layers += [nn.GroupNorm(8, encoder[-1]), nn.SiLU(),
+                   nn.Conv2d(encoder[-1], 2 * channels, 3, padding=1)]     # mean, log variance
         self.encoder = nn.Sequential(*layers)
-        layers = [nn.Conv2d(channels, decoder[0], 3, padding=1)]
+        # Decoder: the way back. It has more to invent, so two blocks a level, but one at the last:
+        # there are most positions, and each block costs the most.
+        layers = [nn.Conv2d(channels, decoder[0], 3, padding=1)]           # (96, H/8, W/8)
         for c, above in zip(decoder, [*decoder[1:], None]):
             layers += [ResBlock(c), ResBlock(c)] if above else [ResBlock(c)]
             if above:
+                # -> (64, H/4, W/4) -> (32, H/2, W/2); channels become positions, which is cheap
                 layers += [nn.Conv2d(c, 4 * above, 1), nn.PixelShuffle(2)]
-        layers += [nn.GroupNorm(8, decoder[-1]), nn.SiLU(), nn.Conv2d(decoder[-1], 12, 3, padding=1),
-                   nn.PixelShuffle(2)]
+        layers += [nn.GroupNorm(8, decoder[-1]), nn.SiLU(),
+                   nn.Conv2d(decoder[-1], 12, 3, padding=1),               # (12, H/2, W/2)
+                   nn.PixelShuffle(2)]                                     # (3, H, W)
         self.decoder = nn.Sequential(*layers)
+        # Buffers, so that they travel with the weights; measured at the end of training
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
     def forward(self, x, noise):
         """The training loss of each item, (B,): x (B, F, 3, H, W), noise as `posterior`'s mean."""
-        mean, logvar = self.posterior(x)
-        y = self.decoder((mean + noise * (0.5 * logvar).exp()).flatten(0, 1)).unflatten(0, x.shape[:2])
+        mean, logvar = self.posterior(x)                                   # (B, F, C, H/8, W/8)
+        z = mean + noise * (0.5 * logvar).exp()                            # a draw, differentiable
+        y = self.decoder(z.flatten(0, 1)).unflatten(0, x.shape[:2])        # (B, F, 3, H, W)
         error = (y.float() - x).flatten(1)
+        # The divergence from a standard normal, in closed form; kl is small, so it keeps
+        # the latents near 0 without costing much sharpness
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).float().flatten(1).mean(1)
         # OURS: squared error finds the objects soon, a little absolute error keeps flat ground flat
         return error.square().mean(1) + 0.1 * error.abs().mean(1) + self.kl * kl
 
     def posterior(self, x):
         """x (B, F, 3, H, W) -> mean and log variance, each (B, F, C, H/8, W/8)."""
-        out = self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        # It sees frame by frame: a clip's time is the Transformer's business (as in the paper)
+        out = self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])      # (B, F, 2 C, H/8, W/8)
         mean, logvar = out.chunk(2, dim=2)
-        return mean, logvar.clamp(-20, 4)
+        return mean, logvar.clamp(-20, 4)                                  # keeps exp in bounds
 
     def encode(self, x):
         """x (B, F, 3, H, W) in -1 .. 1 -> normalised latents (B, F, C, H/8, W/8)."""
-        scale = (1, 1, -1, 1, 1)
+        scale = (1, 1, -1, 1, 1)                           # one mean and std a channel
+        # The mean of the posterior, not a draw: the same picture always has the same latents
         return (self.posterior(x)[0] - self.mean.view(scale)) / self.std.view(scale)
 
     def decode(self, z):
-        """Normalised latents -> pictures (B, F, 3, H, W), clamped to -1 .. 1."""
+        """Normalised latents (B, F, C, H/8, W/8) -> pictures (B, F, 3, H, W) in -1 .. 1."""
         scale = (1, 1, -1, 1, 1)
         z = z * self.std.view(scale) + self.mean.view(scale)
         return self.decoder(z.flatten(0, 1)).clamp(-1, 1).unflatten(0, z.shape[:2])
@@ -759,42 +854,49 @@ class VAE(nn.Module):
 class PretrainedVAE(nn.Module):
     """Somebody else's frozen KL autoencoder, through diffusers: the same encode and decode.
 
-    name: a hub name ("stabilityai/sd-vae-ft-ema") or a local folder. Its own scaling factor stands in
-    for our measured std. Raises ValueError, in one line, if it cannot be loaded."""
+    name: a hub name ("stabilityai/sd-vae-ft-ema") or a local folder. Its own scaling factor stands
+    in for our measured std. Raises ValueError, in one line, if it cannot be loaded."""
     def __init__(self, name):
         super().__init__()
         try:
             from diffusers import AutoencoderKL
         except ImportError:
-            raise ValueError(f"vae '{name}' is no file, and to load it by name needs the diffusers package; "
-                             f"try: pip install -e '.[pretrained]'") from None
+            raise ValueError(f"vae '{name}' is no file, and to load it by name needs the diffusers "
+                             f"package; try: pip install -e '.[pretrained]'") from None
         try:
             self.net = AutoencoderKL.from_pretrained(name).requires_grad_(False).eval()
         except (OSError, ValueError) as error:
-            raise ValueError(f"autoencoder '{name}' cannot be loaded ({str(error).splitlines()[0][:200]}); "
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"autoencoder '{name}' cannot be loaded ({reason}); "
                              f"try a local folder, or with a network: hf download {name}") from None
         self.name, self.channels = name, self.net.config.latent_channels
+        # All levels but the last halve the grid: 4 levels, 8x down for Stable Diffusion's
         self.down = 2 ** (len(self.net.config.block_out_channels) - 1)
         self.scale, self.shift = self.net.config.scaling_factor, self.net.config.shift_factor or 0.0
 
     def encode(self, x):
+        """x (B, F, 3, H, W) in -1 .. 1 -> scaled latents (B, F, C, H/8, W/8)."""
         z = self.net.encode(x.flatten(0, 1)).latent_dist.mean
         return ((z - self.shift) * self.scale).unflatten(0, x.shape[:2])
 
     def decode(self, z):
+        """Scaled latents (B, F, C, H/8, W/8) -> pictures (B, F, 3, H, W), clamped to -1 .. 1."""
         y = self.net.decode((z / self.scale + self.shift).flatten(0, 1)).sample
         return y.clamp(-1, 1).unflatten(0, z.shape[:2])
 
 
 def pick_device(name=None):
-    """cuda, else mps, else cpu; ValueError for a device that is not there."""
+    """A torch.device: the one named, or else cuda, mps or cpu, whichever is there first. Raises
+    ValueError for a device that is not there."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    # Only a real allocation tells: "cuda:7" is a good name, and so is a GPU of a broken driver
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device '{name}' cannot be used ({str(error).splitlines()[0][:80]}); "
-                         f"try --device cpu") from None
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f"device '{name}' cannot be used ({reason}); try --device cpu") from None
 
 
 def to_float(clips):
@@ -803,8 +905,10 @@ def to_float(clips):
 
 
 def to_uint8(x):
-    """The inverse of `to_float`, as a numpy array."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
+    """The inverse of `to_float`: (B, F, 3, H, W) -> numpy uint8 (B, F, H, W, 3)."""
+    # Rounded, or pictures would darken by half a level; clamped, or 256 would come out as 0
+    x = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return x.movedim(-3, -1).cpu().numpy()
 
 
 # -----------------------------------------------------------------------------
@@ -814,16 +918,21 @@ def to_uint8(x):
 @torch.no_grad()
 def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=4.0,
              motion_scale=1.0, steps=25, sampler="dpm++", device="cpu", on_step=None):
-    """Prompts -> uint8 pictures (B, F, H, W, 3). Item i depends on prompts[i] and seeds[i] alone,
-    never on its place in a batch. on_step(t, z, z0) is called after each step."""
+    """B prompts and B seeds -> uint8 pictures (B, F, H, W, 3), a numpy array. size: H and W in
+    pixels. cfg and motion_scale: see `guided`. Item i depends on prompts[i] and seeds[i] alone,
+    never on its place in a batch. on_step(t, z, z0) is called after each step. Raises ValueError
+    for an unknown sampler, too many steps, or a size that does not divide into patches."""
+    # One generator an item, on the CPU: a seed draws the same noise on every device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Latents, (F, C, H/8, W/8) an item, begin as pure noise
     shape = (frames, vae.channels, size[0] // vae.down, size[1] // vae.down)
     z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    # The texts are read once; the steps below only run the blocks
     predict = guided(model, encoder(prompts), encoder([""]), cfg, motion_scale)
     for t, z, z0 in schedule.denoise(predict, z, steps, sampler, generators):
         if on_step:
-            on_step(t, z, z0)
-    return to_uint8(vae.decode(z))
+            on_step(t, z, z0)                              # a progress bar, or a film of the steps
+    return to_uint8(vae.decode(z))                         # only now: all steps were in latents
 
 
 # -----------------------------------------------------------------------------
@@ -834,25 +943,27 @@ def save_checkpoint(path, state):
     """Writes beside `path`, flushes, then renames: at every moment `path` is a whole checkpoint,
     the old one or the new. Raises OSError and leaves the old one untouched if the disk is full."""
     path = os.fspath(path)
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.tmp"                    # in the same folder: no rename crosses disks
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": "gentron", "version": 1, **state}, file)
+            # The bytes must reach the disk before the new name does, or a power cut leaves neither
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:     # torch's zip writer turns "disk full" into RuntimeError
+        os.replace(temporary, path)              # atomic: a reader sees the old file or the new
+    except (OSError, RuntimeError) as error:     # RuntimeError: torch's word for a full disk
         if os.path.exists(temporary):
             os.remove(temporary)
         raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_checkpoint(path):
-    """Reads a checkpoint; nothing in the file is executed (weights_only). Raises ValueError, in one
-    line, for a file that is missing, damaged or not ours. (torch.load alone accepts a flipped bit; the
-    zip's own checksums do not.)"""
+    """Reads a checkpoint, on the CPU, and returns the dict that was saved; nothing in the file is
+    executed (weights_only). Raises ValueError, in one line, for a file that is missing, damaged or
+    not ours."""
     path = os.fspath(path)
     try:
+        # torch.load alone accepts a flipped bit; the zip's own checksums do not
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         if bad:
@@ -864,56 +975,66 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is a folder, not a checkpoint") from None
     except PermissionError:
         raise ValueError(f"{path} cannot be read (permission denied)") from None
-    except ValueError:
+    except ValueError:                           # the damage that was found above
         raise
     except Exception as error:                   # whatever a broken archive or pickle can raise
-        raise ValueError(f"{path} is no readable checkpoint "
-                         f"({str(error).splitlines()[0][:100] if str(error) else type(error).__name__})") from None
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != "gentron":
         raise ValueError(f"{path} is not a GenTron checkpoint")
-    if state.get("version") != 1:
-        raise ValueError(f"{path} has format version {state.get('version')}; this code reads version 1")
+    # A file of a later version may mean other things by the same names: refuse it, do not guess
+    version = state.get("version")
+    if version != 1:
+        raise ValueError(f"{path} has format version {version}; this code reads version 1")
     return state
 
 
 def load_weights(module, weights, what):
-    """load_state_dict with names and shapes checked first; ValueError names the first that differs."""
+    """load_state_dict with names and shapes checked first. what: the part's name in the message.
+    Raises ValueError that names one tensor which differs, where torch's own lists them all."""
     own = module.state_dict()
-    for name in own.keys() | weights.keys():
+    for name in own.keys() | weights.keys():     # either may have names that the other lacks
         mine, theirs = (tuple(d[name].shape) if name in d else "absent" for d in (own, weights))
         if mine != theirs:
-            raise ValueError(f"{what} does not fit: {name} is {theirs} in the file, {mine} in the model")
+            raise ValueError(f"{what} does not fit: {name} is {theirs} in the file, "
+                             f"{mine} in the model")
     module.load_state_dict(weights)
 
 
 class Net(nn.Module):
-    """All that trains together: the Transformer and, if it is a small one, the text encoder. Its
-    forward is the training loss of each item."""
+    """All that trains together: the Transformer and, if it is a small one, the text encoder."""
+    # One module around both, and the loss inside of its forward, because the wrappers (data
+    # parallel, FSDP, compile) act on one module's forward
     def __init__(self, model, text, schedule):
         super().__init__()
         self.model, self.text, self.schedule = model, text, schedule
 
     def forward(self, z0, captions, draws):
+        """The training loss of each item, (B,): see `training_loss`."""
         return training_loss(self.model, self.text, self.schedule, z0, captions, draws)
 
     def weights(self):
-        """state_dict less what is frozen and found elsewhere by name."""
+        """state_dict less what is frozen and found elsewhere by name: {name: tensor}."""
+        # T5-XXL alone would add 9 GB to every checkpoint
         return {k: v for k, v in self.state_dict().items()
                 if not (k.startswith("text.") and not self.text.trained)}
 
 
 def build_vae(state):
-    """The autoencoder that a checkpoint describes."""
-    part = state["vae"]
+    """The autoencoder that a checkpoint describes: a VAE or PretrainedVAE, frozen, fp32. Raises
+    ValueError if its weights do not fit or it cannot be loaded by name."""
+    part = state["vae"]                          # {"name": ...} or {"config": ..., "weights": ...}
     if part.get("name"):
         return PretrainedVAE(part["name"])
     vae = VAE(**part["config"])
+    # float(): ema.pt, the file to share, holds half-precision weights
     load_weights(vae, {k: v.float() for k, v in part["weights"].items()}, "the autoencoder")
     return vae.requires_grad_(False).eval()
 
 
 def build_net(state, weights="ema"):
-    """The Net that a t2i or t2v checkpoint describes, with its EMA or raw weights."""
+    """The Net that a t2i or t2v checkpoint describes, in eval mode on the CPU. weights: "ema" or
+    "raw". Raises ValueError if the checkpoint has no such weights, or they do not fit."""
     if "config" not in state:
         raise ValueError("the checkpoint holds an autoencoder only, no text-to-image model")
     if state.get(weights) is None:
@@ -921,20 +1042,23 @@ def build_net(state, weights="ema"):
     net = Net(GenTron(GenTronConfig(**state["config"])), TextEncoder(**state["text"]),
               NoiseSchedule(**state["schedule"]))
     saved = {k: v.float() for k, v in state[weights].items()}
-    load_weights(net.model, {k[6:]: v for k, v in saved.items() if k.startswith("model.")}, "the model")
-    if net.text.trained:
-        load_weights(net.text, {k[5:]: v for k, v in saved.items() if k.startswith("text.")}, "the text encoder")
+    # Names begin with the part of Net that they belong to
+    part = lambda prefix: {k[len(prefix):]: v for k, v in saved.items() if k.startswith(prefix)}
+    load_weights(net.model, part("model."), "the model")
+    if net.text.trained:                         # a frozen one was loaded by its name, just now
+        load_weights(net.text, part("text."), "the text encoder")
     return net.eval()
 
 
 def find_checkpoint(stages=("t2i", "t2v")):
-    """The newest finished or running t2i / t2v run's ema.pt under runs/, else assets/nano.pt.
-    Raises ValueError if there is neither."""
+    """The path, as a string, of the newest finished or running t2i / t2v run's ema.pt under runs/,
+    else of assets/nano.pt. Raises ValueError if there is neither, or a newer file is damaged."""
     newest_first = sorted(Path("runs").glob("*/ema.pt"), key=lambda path: -path.stat().st_mtime)
-    for path in newest_first:
+    for path in newest_first:                    # the stage is inside: a run folder has any name
         if load_checkpoint(path).get("stage") in stages:
             return str(path)
     shipped = Path(__file__).resolve().parent / "assets" / "nano.pt"
     if shipped.exists():
         return str(shipped)
-    raise ValueError("no text-to-image run in runs/ and no assets/nano.pt; train one: python train.py")
+    raise ValueError("no text-to-image run in runs/ and no assets/nano.pt; "
+                     "train one: python train.py")
