@@ -896,7 +896,8 @@ def passed(verdict, category):
 
 def prompts(category, n=100, split="seen"):
     """The first n prompts of a category: fixed captions, each drawable, none twice; where there are
-    fewer than n (40 single objects), they start over. split: "seen" asks for SEEN_PAIRS alone, "unseen" for HELD_OUT alone.
+    fewer than n (40 single objects), they start over. split: "seen" asks for SEEN_PAIRS alone,
+    "unseen" for HELD_OUT alone.
 
     They come as swap pairs wherever both are allowed ("a red circle and a blue square", then "a
     blue circle and a red square"): who draws one picture for both is wrong in one of them."""
@@ -929,8 +930,8 @@ def _ask(rng, category, pairs):
     pick = lambda options: options[int(rng.integers(len(options)))]
     while True:                                              # three things of three colours
         (c0, s0), (c1, s1), (c2, s2) = [pick(pairs) for _ in range(3)]
-        if len({c0, c1, c2}) == 3 and (category != "shape" or s0 != s1):
-            break
+        if len({c0, c1, c2}) == 3 and (s0 != s1 or category not in ("color", "shape")):
+            break                                            # of one shape, a swap changes nothing
     a, b, c = Thing(c0, s0), Thing(c1, s1), Thing(c2, s2)
     if category in ("color", "shape"):                       # colours, or shapes: exchanged
         return [Scene([a, b]), Scene([Thing(c1, s0), Thing(c0, s1)])]
@@ -1290,7 +1291,11 @@ def save_gif(path, images, fps=4):
         strip.paste(image, (0, k * image.height))
     palette = strip.quantize(255, dither=Image.Dither.NONE)
     first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    # A GIF counts in hundredths: the ends of frames are rounded, not their lengths, or it drifts.
+    ends = [10 * round(100 * k / fps) for k in range(len(images) + 1)]
+    lengths = [max(10, b - a) for a, b in zip(ends, ends[1:])]
+    first.save(path, save_all=True, append_images=rest, loop=0,
+               duration=lengths if rest else lengths[0])
 
 
 # -----------------------------------------------------------------------------
@@ -1302,7 +1307,7 @@ def number(kind, low, high=math.inf, above=False):
     def read(text):
         try:
             value = kind(text)
-            math.isfinite(value)                             # a whole number of 400 digits overflows
+            math.isfinite(value)                             # overflows on 400 digits
         except (ValueError, OverflowError):
             value = math.nan
         if not (low < value <= high or (value == low and not above)) or not math.isfinite(value):

@@ -721,7 +721,7 @@ class FrozenEncoder(nn.Module):
             self.net = family.from_pretrained(path, dtype=dtype)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]      # the rest is advice to programmers
+            reason = first_line(error)                     # the rest is advice to programmers
             raise ValueError(f"text encoder '{path}' cannot be loaded ({reason}); "
                              f"try a local folder, or with a network: hf download {path}") from None
         self.net.requires_grad_(False).eval()
@@ -866,7 +866,7 @@ class PretrainedVAE(nn.Module):
         try:
             self.net = AutoencoderKL.from_pretrained(name).requires_grad_(False).eval()
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
+            reason = first_line(error)
             raise ValueError(f"autoencoder '{name}' cannot be loaded ({reason}); "
                              f"try a local folder, or with a network: hf download {name}") from None
         self.name, self.channels = name, self.net.config.latent_channels
@@ -885,6 +885,11 @@ class PretrainedVAE(nn.Module):
         return y.clamp(-1, 1).unflatten(0, z.shape[:2])
 
 
+def first_line(error):
+    """What an exception says, in one line of at most 150 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:150]
+
+
 def pick_device(name=None):
     """A torch.device: the one named, or else cuda, mps or cpu, whichever is there first. Raises
     ValueError for a device that is not there."""
@@ -895,7 +900,7 @@ def pick_device(name=None):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:80]
+        reason = first_line(error)
         raise ValueError(f"device '{name}' cannot be used ({reason}); try --device cpu") from None
 
 
@@ -978,7 +983,7 @@ def load_checkpoint(path):
     except ValueError:                           # the damage that was found above
         raise
     except Exception as error:                   # whatever a broken archive or pickle can raise
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{path} is no readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != "gentron":
         raise ValueError(f"{path} is not a GenTron checkpoint")
@@ -1014,10 +1019,18 @@ class Net(nn.Module):
         return training_loss(self.model, self.text, self.schedule, z0, captions, draws)
 
     def weights(self):
-        """state_dict less what is frozen and found elsewhere by name: {name: tensor}."""
+        """state_dict less the frozen encoders, which are found again by name: {name: tensor}."""
         # T5-XXL alone would add 9 GB to every checkpoint
-        return {k: v for k, v in self.state_dict().items()
-                if not (k.startswith("text.") and not self.text.trained)}
+        frozen = tuple(f"{name}." for name, module in self.named_modules()
+                       if isinstance(module, FrozenEncoder))
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
+
+    def load(self, weights, what):
+        """The inverse of `weights`. what: the file's name, for the message of the ValueError that is
+        raised if they do not fit."""
+        own = self.state_dict()
+        frozen = {name: own[name] for name in own.keys() - self.weights().keys()}
+        load_weights(self, {**frozen, **weights}, what)
 
 
 def build_vae(state):
@@ -1033,20 +1046,15 @@ def build_vae(state):
 
 
 def build_net(state, weights="ema"):
-    """The Net that a t2i or t2v checkpoint describes, in eval mode on the CPU. weights: "ema" or
-    "raw". Raises ValueError if the checkpoint has no such weights, or they do not fit."""
+    """The Net that a t2i or t2v checkpoint describes, in eval mode on the CPU. weights: "ema", or
+    "weights" for the raw ones. Raises ValueError if the checkpoint has no such weights, or they do not fit."""
     if "config" not in state:
         raise ValueError("the checkpoint holds an autoencoder only, no text-to-image model")
     if state.get(weights) is None:
         raise ValueError(f"the checkpoint holds no {'EMA' if weights == 'ema' else 'raw'} weights")
     net = Net(GenTron(GenTronConfig(**state["config"])), TextEncoder(**state["text"]),
               NoiseSchedule(**state["schedule"]))
-    saved = {k: v.float() for k, v in state[weights].items()}
-    # Names begin with the part of Net that they belong to
-    part = lambda prefix: {k[len(prefix):]: v for k, v in saved.items() if k.startswith(prefix)}
-    load_weights(net.model, part("model."), "the model")
-    if net.text.trained:                         # a frozen one was loaded by its name, just now
-        load_weights(net.text, part("text."), "the text encoder")
+    net.load({k: v.float() for k, v in state[weights].items()}, "the checkpoint")
     return net.eval()
 
 

@@ -13,9 +13,10 @@ to share: half-precision EMA weights, autoencoder, vocabulary), log.csv, loss.pn
 
 import os
 
-# OpenMP threads that spin while they wait lose most of their speed to any other process (measured:
-# 7.0 steps/s alone, 0.4 beside one busy neighbour; passive 5.4 and 4.4). Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long an idle OpenMP thread spins before it sleeps, read when torch is loaded. By default it spins
+# so long that one busy neighbour stops everything (nano on two cores: 202 items/s alone, under 15
+# beside it); never spinning halves the speed (121); this is 200 to 225 alone, 77 to 103 beside it.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import collections
@@ -206,9 +207,9 @@ def build(args, dataset, init):
     net = G.Net(G.GenTron(G.GenTronConfig(**config)), G.TextEncoder(**state["text"]),
                 G.NoiseSchedule(**state["schedule"]))
     if init:                # everything is loaded; only layers that the other lacks start fresh
-        own, weights = net.state_dict(), init["ema"]
-        new = {k: v for k, v in own.items() if ".temporal." in k and k not in weights}
-        G.load_weights(net, {**own, **{k: v.float() for k, v in weights.items()}}, args.init)
+        weights = {k: v.float() for k, v in init["ema"].items()}
+        new = {k: v for k, v in net.weights().items() if ".temporal." in k and k not in weights}
+        net.load({**new, **weights}, args.init)
         print_main(args, f"init: {len(weights)} tensors from {args.init}, {len(new)} are new"
                          f"{' (temporal attention)' if new else ''}")
     return net, vae, state
@@ -632,7 +633,7 @@ def train(args):
         state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
     net.train().to(args.device)
     frozen = {id(m): m for m in net.modules() if isinstance(m, G.FrozenEncoder)}
-    ema = copy.deepcopy(net, frozen).eval()                 # frozen encoders are shared
+    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
     trained = [p for p in net.parameters() if p.requires_grad]
     averaged = [q for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -675,7 +676,8 @@ def train(args):
         if math.isfinite(norm):
             optimizer.step()
             # EMA with a warm-up: or a short run's average would still be near its random start
-            torch._foreach_lerp_(averaged, trained, 1 - min(args.ema, (1 + step) / (10 + step)))
+            decay = min(args.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
             in_a_row = 0
         else:                                               # a bad step is skipped and counted
             skipped, in_a_row = skipped + 1, in_a_row + 1
