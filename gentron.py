@@ -1026,8 +1026,8 @@ class Net(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
 
     def load(self, weights, what):
-        """The inverse of `weights`. what: the file's name, for the message of the ValueError that is
-        raised if they do not fit."""
+        """The inverse of `weights`. what: the file's name, for the message of the ValueError that
+        is raised if they do not fit."""
         own = self.state_dict()
         frozen = {name: own[name] for name in own.keys() - self.weights().keys()}
         load_weights(self, {**frozen, **weights}, what)
@@ -1047,7 +1047,7 @@ def build_vae(state):
 
 def build_net(state, weights="ema"):
     """The Net that a t2i or t2v checkpoint describes, in eval mode on the CPU. weights: "ema", or
-    "weights" for the raw ones. Raises ValueError if the checkpoint has no such weights, or they do not fit."""
+    "weights" for the raw ones. Raises ValueError if it has no such weights, or they do not fit."""
     if "config" not in state:
         raise ValueError("the checkpoint holds an autoencoder only, no text-to-image model")
     if state.get(weights) is None:

@@ -1,7 +1,7 @@
 """
 train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
 
-    python train.py                                   # text to image on the shapes world, on a laptop
+    python train.py                                   # text to image on the shapes world
     python train.py --data my_pictures --steps 20000  # your own pictures and captions
     python train.py --stage t2v                       # text to video, from the newest t2i run
     python train.py --stage vae                       # how assets/vae.pt was made
@@ -13,9 +13,9 @@ to share: half-precision EMA weights, autoencoder, vocabulary), log.csv, loss.pn
 
 import os
 
-# How long an idle OpenMP thread spins before it sleeps, read when torch is loaded. By default it spins
-# so long that one busy neighbour stops everything (nano on two cores: 202 items/s alone, under 15
-# beside it); never spinning halves the speed (121); this is 200 to 225 alone, 77 to 103 beside it.
+# How long an idle OpenMP thread spins before it sleeps, read when torch is loaded. By default so
+# long that one busy neighbour stops everything (nano on two cores: 202 items/s alone, under 15
+# beside it); never spinning halves the speed (121); this: 200 to 225 alone, 77 to 103 beside it.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
@@ -89,7 +89,7 @@ def parser():
                    help="t2v: frames a second (4)")
     g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
     g.add_argument("--p-motion-free", type=share, default=0.25,
-                   help="t2v: share of items that are still pictures, temporal attention off (0.25)")
+                   help="t2v: share of items that are stills, temporal attention off (0.25)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=whole, help="steps in all")
     g.add_argument("--minutes", type=D.number(float, 0, above=True), help="then stop and save")
@@ -703,11 +703,11 @@ def train(args):
         if why:
             break
     bar.close()
-    finish(out, done, why, args)
+    finish(out, done, why, prompts[0], args)
     return 0
 
 
-def finish(out, step, why, args):
+def finish(out, step, why, prompt, args):
     """The last words: how to go on, or what to do with the result."""
     if step < args.steps:
         print_main(args, f"stopped by {why} after step {step} of {args.steps}, saved. "
@@ -715,8 +715,8 @@ def finish(out, step, why, args):
     elif args.stage == "vae":
         print_main(args, f"done: {out}/ema.pt. To use it: python train.py --vae {out}/ema.pt")
     else:
-        how = "moving left\" --frames 8" if args.stage == "t2v" else "left of a blue square\""
-        print_main(args, f"done: {out}/ema.pt. To sample: python sample.py \"a red circle {how}")
+        frames = f" --frames {args.frames}" if args.frames else ""
+        print_main(args, f"done: {out}/ema.pt. To sample: python sample.py \"{prompt}\"{frames}")
 
 
 # -----------------------------------------------------------------------------
@@ -724,9 +724,9 @@ def finish(out, step, why, args):
 # -----------------------------------------------------------------------------
 
 def benchmark(args):
-    """Times training steps (forward, backward, AdamW) on random latents and text. With --conditioning
-    adaln and diffusers installed, its DiT of the same sizes is timed too, in turn with ours:
-    machines drift, and only neighbours in time compare. Writes nothing."""
+    """Times training steps (forward, backward, AdamW) on random latents and text. With
+    --conditioning adaln and diffusers installed, its DiT of the same sizes is timed too, in turn
+    with ours: machines drift, and only neighbours in time compare. Writes nothing."""
     prepare(args)
     preset = args.preset or "nano"
     sizes = {k: getattr(args, k) or v for k, v in G.PRESETS[preset].items()}
@@ -743,16 +743,17 @@ def benchmark(args):
     if args.conditioning == "adaln" and frames == 1 and h == w:
         try:
             from diffusers import DiTTransformer2DModel
+            heads = sizes["heads"]
             dit = DiTTransformer2DModel(
-                num_attention_heads=sizes["heads"], attention_head_dim=sizes["width"] // sizes["heads"],
-                in_channels=4, out_channels=4, patch_size=p, num_layers=sizes["depth"],
-                sample_size=h).to(args.device)
+                num_attention_heads=heads, attention_head_dim=sizes["width"] // heads, patch_size=p,
+                in_channels=4, out_channels=4, num_layers=sizes["depth"], sample_size=h)
+            dit.to(args.device)
             labels = torch.randint(1000, (B,), device=args.device)
             contenders["diffusers"] = (dit, lambda: dit(z[:, 0], t, labels).sample)
         except ImportError:
             print("diffusers is not installed: timed alone")
     times = {name: [] for name in contenders}
-    optimizers = {name: torch.optim.AdamW(net.parameters()) for name, (net, _) in contenders.items()}
+    optimizers = {name: torch.optim.AdamW(c[0].parameters()) for name, c in contenders.items()}
     with FlopCounterMode(display=False) as counter:
         model(z, t, text)
     for turn in tqdm(range(2 + args.steps), desc="benchmark"):
