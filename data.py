@@ -1303,7 +1303,7 @@ def save_gif(path, images, fps=4):
 # -----------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` from low (or, with above, more than low) to high."""
+    """An argparse type: a finite number of `kind` from low (with above: more than low) to high."""
     def read(text):
         try:
             value = kind(text)
@@ -1312,8 +1312,9 @@ def number(kind, low, high=math.inf, above=False):
             value = math.nan
         if not (low < value <= high or (value == low and not above)) or not math.isfinite(value):
             word = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a {word} {'above' if above else 'from'} {low}"
-                                             + (f" to {high}" if high < math.inf else ""))
+            bounds = f"{'above' if above else 'from'} {low}"
+            bounds += f" to {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {word} {bounds}")
         return value
     return read
 
@@ -1322,7 +1323,8 @@ def picture_size(text):
     """An argparse type: '64' -> (64, 64), '64x96' -> (64, 96), height x width in pixels."""
     parts = text.lower().split("x")
     if not (1 <= len(parts) <= 2 and all(p.isdigit() and 8 <= int(p) <= 4096 for p in parts)):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; write H or HxW, in pixels from 8 to 4096")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no size; write H or HxW, in pixels from 8 to 4096")
     return (int(parts[0]), int(parts[-1]))
 
 
@@ -1334,7 +1336,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def writable(path):
-    """Path of a file to be written, its folder made; ValueError if it cannot be: before the work."""
+    """Path of a file to be written, its folder made; if it cannot be: ValueError, at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -1344,20 +1346,26 @@ def writable(path):
 
 def main(argv=None):
     """Command line -> exit code: 0, or 2 for what the user can mend."""
-    p = Parser(description="Look at the dataset: a sheet of it, captions below.", allow_abbrev=False)
+    p = Parser(description="Look at the dataset: a sheet of it, captions below.",
+               allow_abbrev=False)
     p.add_argument("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
     p.add_argument("--data", default="shapes", help="'shapes' or a folder of yours")
-    p.add_argument("--world", default="full", choices=("basic", "full"), help="how much of the world")
-    p.add_argument("--frames", type=number(int, 1, 1024), default=1, help="frames a clip; 1 = pictures")
-    p.add_argument("--fps", type=number(float, 0, 1000, above=True), default=4, help="frames a second")
-    p.add_argument("--size", type=picture_size, default=(64, 64), metavar="H[xW]", help="in pixels (64)")
+    p.add_argument("--world", default="full", choices=("basic", "full"),
+                   help="how much of the world")
+    p.add_argument("--frames", type=number(int, 1, 1024), default=1,
+                   help="frames a clip; 1 = pictures")
+    p.add_argument("--fps", type=number(float, 0, 1000, above=True), default=4,
+                   help="frames a second")
+    p.add_argument("--size", type=picture_size, default=(64, 64), metavar="H[xW]",
+                   help="in pixels (64)")
     p.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
     p.add_argument("--n", type=number(int, 1, 1000), default=24, help="how many items to show (24)")
     args = p.parse_args(argv)
     try:
         out = writable(args.preview)
         if out.suffix.lower() not in (".png", ".gif"):
-            raise ValueError(f"cannot write '{out.suffix}' files, {out}; try {out.with_suffix('.png')}")
+            better = out.with_suffix(".png")
+            raise ValueError(f"cannot write '{out.suffix}' files, {out}; try {better}")
         data = open_data(args.data, args.size, args.frames, args.fps, args.world, args.n, args.seed)
         print("\n".join(data.report()) if isinstance(data, Folder) else
               f"the shapes world ({args.world}), seed {args.seed}")
