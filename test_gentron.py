@@ -387,7 +387,7 @@ def test_loss_is_the_mean_squared_error_of_eps_or_v():
     randomised(encoder)
     model = tiny()
     z0 = noise(3, 1, 4, 4, 4)
-    draws = G.randomness(0, 7, z0.shape)
+    draws = G.randomness(0, 7, z0.shape, G.NoiseSchedule())
     for objective in ("eps", "v"):
         schedule = G.NoiseSchedule("cosine", objective)
         alpha, sigma = (x[draws.t].float().view(-1, 1, 1, 1, 1)
@@ -400,16 +400,21 @@ def test_loss_is_the_mean_squared_error_of_eps_or_v():
 
 
 def test_drop_rates_and_motion_are_as_asked():
-    draws = [G.randomness(3, step, (1000, 1, 1, 1, 1), 0.1, 0.25) for step in range(40)]
+    schedule = G.NoiseSchedule()
+    draws = [G.randomness(3, step, (1000, 1, 1, 1, 1), schedule, 0.1, 0.25) for step in range(40)]
     n = 40_000
     for name, p in (("drop_text", 0.1), ("still", 0.25)):
         share = torch.cat([getattr(d, name) for d in draws]).float().mean().item()
         assert abs(share - p) < 3 * math.sqrt(p * (1 - p) / n)
     t = torch.cat([d.t for d in draws]).float()
     assert t.min() == 0 and t.max() == 999 and abs(t.mean() - 499.5) < 3 * 288.7 / math.sqrt(n)
-    again = G.randomness(3, 17, (1000, 1, 1, 1, 1), 0.1, 0.25)
+    again = G.randomness(3, 17, (1000, 1, 1, 1, 1), schedule, 0.1, 0.25)
     assert torch.equal(again.noise, draws[17].noise) and torch.equal(again.t, draws[17].t)
     assert not torch.equal(draws[16].noise, draws[17].noise)
+    # v's are logit-normal: symmetric around the middle, sigmoid(1) - sigmoid(-1) holds 68.3 %
+    t = G.randomness(0, 0, (n, 1, 1, 1, 1), G.NoiseSchedule("cosine", "v")).t / 1000
+    inside = ((t > 1 / (1 + math.e)) & (t < 1 / (1 + 1 / math.e))).float().mean().item()
+    assert abs(inside - 0.6827) < 0.01 and abs(t.mean().item() - 0.5) < 0.01
 
 
 # -----------------------------------------------------------------------------
@@ -469,7 +474,7 @@ def test_null_text_in_training_is_the_null_text_in_sampling():
     captions = ["a red circle", "a blue star", "a pink ring", "two red stars"]
     seen = []
     hook = encoder.register_forward_hook(lambda m, inputs, out: seen.append(out))
-    draws = G.randomness(0, 0, z0.shape, p_drop_text=1.0)
+    draws = G.randomness(0, 0, z0.shape, schedule, p_drop_text=1.0)
     G.training_loss(model, encoder, schedule, z0, captions, draws)
     hook.remove()
     null = encoder([""])
@@ -1632,7 +1637,7 @@ def test_one_batch_can_be_overfitted():
                 G.NoiseSchedule("cosine", "v"))
     z0 = torch.randn(4, 1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     captions = ["a red circle", "a blue star", "a pink ring", "two red stars"]
-    draws = G.randomness(0, 0, z0.shape)
+    draws = G.randomness(0, 0, z0.shape, net.schedule)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     losses = []
     for _ in range(200):

@@ -508,7 +508,7 @@ def vae_batches(args, dataset, vae, first):
         yield G.to_float(clips), noise
 
 
-def joint_batches(args, clips, pictures, shape, first):
+def joint_batches(args, clips, pictures, schedule, shape, first):
     """Stages t2i and t2v: (latents, captions, randomness) of step first, first + 1, ...
 
     Joint image-video training (paper 3.4): an item drawn as `still`, with probability
@@ -517,7 +517,8 @@ def joint_batches(args, clips, pictures, shape, first):
     all there is. clips, pictures: Latents (pictures None: no stills); shape: (B, F, C, h, w)."""
     p_still = args.p_motion_free if pictures else 0.0
     for step in itertools.count(first):
-        draws = G.randomness(args.seed, step, shape, args.p_drop_text, p_still)[args.own]
+        draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text,
+                             p_still)[args.own]
         z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
         still = draws.still.nonzero()[:, 0].tolist()
         if still:
@@ -658,7 +659,8 @@ def train(args):
         high, wide = (side // vae.down for side in args.size)
         shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
         stills = Latents(pictures, vae, args) if pictures is not None else None
-        batches = joint_batches(args, Latents(dataset, vae, args), stills, shape, first)
+        batches = joint_batches(args, Latents(dataset, vae, args), stills, net.schedule, shape,
+                                first)
         preview = lambda path: preview_samples(path, ema, vae, dataset, prompts, args)
     (out / "samples").mkdir(exist_ok=True)
     log = Log(out / "log.csv", first, args.main)
