@@ -12,7 +12,7 @@ is always printed. Same checkpoint, prompt, seed and flags: same picture, whatev
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")             # as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
 
 import argparse
 import difflib

@@ -14,9 +14,9 @@ to share: half-precision EMA weights, autoencoder, vocabulary), log.csv, loss.pn
 import os
 
 # How long an idle OpenMP thread spins before it sleeps, read when torch is loaded. By default so
-# long that one busy neighbour stops everything (nano on two cores: 202 items/s alone, under 15
-# beside it); never spinning halves the speed (121); this: 200 to 225 alone, 77 to 103 beside it.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# long that one busy neighbour stops everything (on two cores: 202 items/s alone, under 15 beside
+# it); never spinning halves the speed (121 alone); spinning this long: 216 alone, 70 beside it.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import collections
@@ -152,7 +152,7 @@ def prepare(args):
         args.init = args.init or G.find_checkpoint(("t2i",))
     init = G.load_checkpoint(args.init) if args.init and last is None else None
     defaults = VAE if args.stage == "vae" else QUICK if args.preset in (None, "nano") else PAPER
-    if last or init:
+    if "size" in (last or init or {}):
         defaults = {**defaults, "size": tuple((last or init)["size"])}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -637,7 +637,8 @@ def train(args):
     ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
     trained = [p for p in net.parameters() if p.requires_grad]
     averaged = [q for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
     first = 0
     if last:
         net.load_state_dict({**net.state_dict(), **last["weights"]})
