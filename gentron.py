@@ -54,7 +54,7 @@ import torch.utils.checkpoint
 # Sizes only. Parameters are counted with cross-attention to CLIP-L and T5-XXL (768 and 4096
 # channels), without temporal layers and without the text encoders themselves.
 PRESETS = {
-    "nano": dict(depth=6,  width=192,  heads=6,  patch_size=2),   #    4.9 M (small text encoder)
+    "nano": dict(depth=4,  width=160,  heads=5,  patch_size=2),   #    2.4 M (small text encoder)
     "S/2":  dict(depth=12, width=384,  heads=6,  patch_size=2),   #   60.3 M
     "B/2":  dict(depth=12, width=768,  heads=12, patch_size=2),   #  192.3 M
     "L/2":  dict(depth=24, width=1024, heads=16, patch_size=2),   #  631.7 M
