@@ -678,7 +678,8 @@ class Verdict:
     """What the judge says. Truthy if everything asked for is there and nothing else is.
 
     reasons: short sentences, one a fault. parts: the partial verdicts by name (see `judge`).
-    numbers: measured on the way; clips have "frames_right" (0..1) and "flicker" (0..255)."""
+    numbers: measured on the way: the shares of frames that are right ("frames_right") and that
+    show all named colours on whatever shape ("colors_present"), and a clip's "flicker" (0..255)."""
     right: bool
     reasons: list
     parts: dict
@@ -716,7 +717,10 @@ def judge(clip, caption):
     parts = {name: bool(np.mean([still[0][name] for still in stills]) >= 0.8)
              for name in stills[0][0]}
     reasons = list(next((still[1] for still in stills if still[1]), []))
-    numbers = {"frames_right": float(np.mean([not still[1] for still in stills]))}
+    named = {thing.color for thing in scene.things}
+    there = [named <= {one.color for one in seen} for seen in frames]
+    numbers = {"frames_right": float(np.mean([not still[1] for still in stills])),
+               "colors_present": float(np.mean(there))}
     if len(clip) > 1:
         if all(parts.values()):
             reasons = []

@@ -199,7 +199,7 @@ def bench(args, sampler):
               "size": list(sampler.size), "seed": args.seed, "split": args.split,
               "torch": str(torch.__version__), "numpy": np.__version__, "categories": {}}
     failures = []
-    print(f"{'category':>16}  score   95 % interval    n")
+    print(f"{'category':>16}  score   95 % interval    n  colours there")
     for name in names:
         prompts = D.prompts(name, n, args.split)
         # a prompt's noise depends on its place in its category, not on what else is asked for
@@ -208,8 +208,9 @@ def bench(args, sampler):
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
         passed = [D.passed(verdict, name) for verdict in verdicts]
         low, high = wilson(sum(passed), n)
+        colors = np.mean([verdict.numbers["colors_present"] for verdict in verdicts])
         print(f"{name:>16}  {100 * sum(passed) / n:5.1f}   {100 * low:5.1f} .. {100 * high:5.1f}"
-              f"  {n:4d}", flush=True)
+              f"  {n:4d}  {100 * colors:5.1f}", flush=True)
         record["categories"][name] = {
             "score": sum(passed) / n, "interval": [low, high],
             "prompts_hash": f"{zlib.crc32(chr(10).join(prompts).encode()):08x}",

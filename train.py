@@ -51,7 +51,7 @@ QUICK = dict(lr=2e-3, batch_size=64, schedule="cosine", objective="v", ema=0.998
              size=(64, 64))
 PAPER = dict(lr=1e-4, batch_size=256, schedule="linear", objective="eps", ema=0.9999, steps=500_000,
              size=(256, 256))
-VAE = dict(QUICK, batch_size=16, steps=10_000)
+VAE = dict(QUICK, batch_size=16, steps=6_000)
 WARMUP = 100            # OURS: steps over which the rate rises to --lr; then constant (the paper's)
 DRAWN = dict(vae=1_000_000, t2i=16_384, t2v=4_096)     # items of the shapes world a stage draws
 PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no run trains on
