@@ -926,6 +926,15 @@ def prompts(category, n=100, split="seen"):
     return found[:n]
 
 
+def truth(caption, seed=0, size=(64, 64), frames=1):
+    """A clip that shows the caption, drawn from scratch: uint8 (F, H, W, 3). ValueError if the
+    caption is not a sentence of the world."""
+    scene, rng = parse(caption), np.random.default_rng((seed, zlib.crc32(caption.encode())))
+    while not layout(rng, scene, tuple(side / min(size) for side in size)):
+        pass                                                 # rare: a crowd that found no place
+    return draw(scene, size, frames)
+
+
 def _ask(rng, category, pairs):
     """One or two scenes (a prompt and its swap partner) of a category, not yet laid out."""
     if category in ("single", "pair"):                       # as the basic world has them

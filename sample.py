@@ -187,6 +187,18 @@ def wilson(right, n):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
+@torch.no_grad()
+def round_trip(sampler, prompts, batch):
+    """The prompts' truth, drawn, through the autoencoder and back: uint8 (n, F, H, W, 3). How often
+    the judge reads that right is the ceiling of whatever is sampled through this autoencoder."""
+    clips = [D.truth(prompt, 0, sampler.size, sampler.args.frames) for prompt in prompts]
+    back = []
+    for i in range(0, len(clips), batch):
+        x = G.to_float(np.stack(clips[i:i + batch])).to(sampler.device)
+        back.append(G.to_uint8(sampler.vae.decode(sampler.vae.encode(x))))
+    return np.concatenate(back)
+
+
 def bench(args, sampler):
     """Draws each category's fixed prompts, lets the judge read them, prints a table. Returns the
     record for --json and the failures as (clip, prompt, reason)."""
@@ -199,7 +211,7 @@ def bench(args, sampler):
               "size": list(sampler.size), "seed": args.seed, "split": args.split,
               "torch": str(torch.__version__), "numpy": np.__version__, "categories": {}}
     failures = []
-    print(f"{'category':>16}  score   95 % interval    n  colours there")
+    print(f"{'category':>16}  score   95 % interval  ceiling    n  colours there")
     for name in names:
         prompts = D.prompts(name, n, args.split)
         # a prompt's noise depends on its place in its category, not on what else is asked for
@@ -208,11 +220,13 @@ def bench(args, sampler):
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
         passed = [D.passed(verdict, name) for verdict in verdicts]
         low, high = wilson(sum(passed), n)
+        ceiling = np.mean([D.passed(D.judge(clip, prompt), name) for clip, prompt
+                           in zip(round_trip(sampler, prompts, args.batch_size), prompts)])
         colors = np.mean([verdict.numbers["colors_present"] for verdict in verdicts])
         print(f"{name:>16}  {100 * sum(passed) / n:5.1f}   {100 * low:5.1f} .. {100 * high:5.1f}"
-              f"  {n:4d}  {100 * colors:5.1f}", flush=True)
+              f"    {100 * ceiling:5.1f}  {n:4d}  {100 * colors:5.1f}", flush=True)
         record["categories"][name] = {
-            "score": sum(passed) / n, "interval": [low, high],
+            "score": sum(passed) / n, "interval": [low, high], "ceiling": float(ceiling),
             "prompts_hash": f"{zlib.crc32(chr(10).join(prompts).encode()):08x}",
             "verdicts": [{"prompt": p, "right": ok, "reasons": v.reasons, **v.parts, **v.numbers}
                          for p, v, ok in zip(prompts, verdicts, passed)]}
