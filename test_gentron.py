@@ -1636,6 +1636,92 @@ def test_one_batch_can_be_overfitted():
 
 
 # -----------------------------------------------------------------------------
+# Pretrained parts: the real loading code, on tiny random models saved to disk
+# -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A CLIP text tower, a T5 encoder and a KL autoencoder of a few thousand weights each."""
+    transformers = pytest.importorskip("transformers")
+    diffusers = pytest.importorskip("diffusers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    home = tmp_path_factory.mktemp("pretrained")
+    words = ["<pad>", "</s>", "<unk>", *D.vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(0)
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=20, eos_token_id=1, pad_token_id=0))
+    t5 = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    for name, model in (("clip", clip), ("t5", t5)):
+        model.save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4,
+                                  down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5)
+    vae.save_pretrained(home / "vae")
+    return home
+
+
+def test_pretrained_encoders_are_read_in_turn_and_their_padding_is_never_seen(pretrained):
+    encoder = G.TextEncoder(f"{pretrained}/clip+{pretrained}/t5")
+    assert encoder.dims == (16, 24) and not any(p.requires_grad for p in encoder.parameters())
+    alone = encoder(["a red circle"])
+    beside = encoder(["a red circle", "a red circle left of a star"])
+    n = alone.mask[0].sum().item()
+    for k in range(2):
+        assert beside.mask[k].sum(1).tolist() == [4, 8]
+        assert largest(alone.tokens[k][0], beside.tokens[k][0][:n]) < 1e-5
+    assert largest(alone.pooled[0], beside.pooled[0]) < 1e-5 and alone.pooled.shape == (1, 40)
+    assert encoder([""]).mask[0].sum() == 1                     # the null text has a real token
+    model, z, t = tiny(text_dims=(16, 24), depth=2), noise(1, 1, 4, 4, 4), torch.tensor([500])
+    assert [block.cross.kv.in_features for block in model.blocks] == [16, 24]
+    rows = G.Text(tuple(x[:1] for x in beside.tokens), tuple(m[:1] for m in beside.mask),
+                  beside.pooled[:1])
+    assert largest(model(z, t, alone), model(z, t, rows)) < 1e-5
+
+
+def test_a_pretrained_autoencoder_brings_its_own_scale(pretrained):
+    vae, x = G.PretrainedVAE(str(pretrained / "vae")), noise(2, 3, 3, 16, 24).clamp(-1, 1)
+    z = vae.encode(x)
+    assert z.shape == (2, 3, 4, 8, 12) and vae.down == 2
+    raw = vae.net.encode(x[1]).latent_dist.mean
+    assert largest(z[1], raw * 0.5) < 1e-6
+    assert largest(vae.decode(z)[1], vae.net.decode(raw).sample.clamp(-1, 1)) < 1e-5
+
+
+def test_training_with_frozen_parts_saves_them_by_name(pretrained, tmp_path):
+    run = run_train(tmp_path, "--text", f"{pretrained}/clip+{pretrained}/t5", "--steps", "2",
+                    "--vae", str(pretrained / "vae"), "--size", "16")
+    last = G.load_checkpoint(run / "last.pt")
+    assert last["vae"] == {"name": str(pretrained / "vae")}
+    assert all(name.startswith("model.") for name in last["weights"])
+    assert sample.main(["a red circle", "--ckpt", str(run / "ema.pt"), "--steps", "2", "--out",
+                        str(tmp_path / "out.png")]) == 0
+    run_train(tmp_path, "--text", f"{pretrained}/clip+{pretrained}/t5", "--steps", "3",
+              "--vae", str(pretrained / "vae"), "--size", "16")     # and goes on
+
+
+def test_missing_pretrained_parts_are_one_clear_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    vae = save_tiny_vae("vae.pt")
+    refused(train, [*SMALL, "--text", "nobody/nothing", "--vae", vae], "hf download", capsys)
+    refused(train, [*SMALL, "--vae", "nobody/nothing"], "hf download", capsys)
+    for package, flags in (("transformers", ["--text", "clip", "--vae", vae]),
+                           ("diffusers", ["--vae", "nobody/nothing"])):
+        with monkeypatch.context() as context:
+            context.setitem(sys.modules, package, None)             # as if it were not installed
+            refused(train, [*SMALL, *flags], "pip install -e '.[pretrained]'", capsys)
+
+
+# -----------------------------------------------------------------------------
 # The scripts, as their users run them
 # -----------------------------------------------------------------------------
 
