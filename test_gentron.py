@@ -10,6 +10,7 @@ every equality below is tried on models whose parameters are all random (`random
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here needs a network
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
 
 import csv
@@ -1530,7 +1531,7 @@ def test_ema_equals_its_closed_form(tmp_path, monkeypatch):
     expected = math.prod(decays) * history[0] + sum(
         (1 - decays[k]) * math.prod(decays[k + 1:]) * history[k + 1] for k in range(12))
     assert largest(last["ema"][name], expected) < 1e-6
-    assert largest(last["ema"][name], history[-1]) > 1e-3
+    assert largest(last["ema"][name], history[-1]) > 1e-4
 
 
 SMALL = ["--depth", "2", "--width", "32", "--heads", "2", "--batch-size", "8", "--workers", "0"]
@@ -1709,7 +1710,6 @@ def test_training_with_frozen_parts_saves_them_by_name(pretrained, tmp_path):
 
 
 def test_missing_pretrained_parts_are_one_clear_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     vae = save_tiny_vae("vae.pt")
     refused(train, [*SMALL, "--text", "nobody/nothing", "--vae", vae], "hf download", capsys)

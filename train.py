@@ -47,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 
 # What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
 # 2048; OURS: nano has a quick small world to learn, so a high rate, a short EMA, v + cosine.
-QUICK = dict(lr=2e-3, batch_size=64, schedule="cosine", objective="v", ema=0.998, steps=4000,
+QUICK = dict(lr=2e-3, batch_size=64, schedule="cosine", objective="v", ema=0.998, steps=5_428,
              size=(64, 64))
 PAPER = dict(lr=1e-4, batch_size=256, schedule="linear", objective="eps", ema=0.9999, steps=500_000,
              size=(256, 256))
@@ -216,9 +216,11 @@ def build(args, dataset, init):
 
 
 def find_vae(name):
-    """--vae -> the "vae" part of a checkpoint: a file's own, or a name for diffusers."""
+    """--vae -> the "vae" part of a checkpoint: a file's own, or a name or folder for diffusers."""
     path = Path(name or HERE / "assets" / "vae.pt")
-    return G.load_checkpoint(path)["vae"] if name is None or path.exists() else {"name": name}
+    if path.suffix == ".pt" or path.is_file():
+        return G.load_checkpoint(path)["vae"]
+    return {"name": name}
 
 
 def vocabulary_of(dataset, spec):
