@@ -150,7 +150,8 @@ def norm(x):
 
 def modulate(x, shift, scale):
     """adaLN: x (B, T, D) by shift and scale (B, 1, D), the same for all of an item's tokens."""
-    return x * (1 + scale) + shift                         # 1 +, so that scale 0 changes nothing
+    # x (1 + scale) + shift, in one pass; 1 +, so that a scale of 0 changes nothing
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Attention(nn.Module):
@@ -214,13 +215,14 @@ class Block(nn.Module):
         """x (B, F N, D), c (B, D), kv and mask the text's, pos (F, D), motion bool (B,)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = \
             self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)           # each (B, 1, D)
-        x = x + gate1 * self.within_frames(modulate(norm(x), shift1, scale1), frames)
+        # addcmul(x, gate, y) is x + gate y, without the product in between
+        x = torch.addcmul(x, gate1, self.within_frames(modulate(norm(x), shift1, scale1), frames))
         if self.cross is not None:
             x = x + self.cross(norm(x), kv, mask)                          # (B, F N, D)
         if self.temporal is not None:
             # no shift, scale or gate, as in cross-attention: c acts on DiT's own two branches
             x = x + self.across_frames(norm(x), frames, pos, motion)
-        return x + gate2 * self.mlp(modulate(norm(x), shift2, scale2))
+        return torch.addcmul(x, gate2, self.mlp(modulate(norm(x), shift2, scale2)))
 
     def within_frames(self, x, frames):
         """Self-attention among the N tokens of each frame: (B, F N, D) -> (B, F N, D)."""
