@@ -9,14 +9,14 @@ CVPR 2024, arXiv:2312.04557. If you know DiT (Peebles & Xie 2023), then GenTron 
   4. joint image-video training: a picture is a still clip whose frames do not see each other
   5. motion-free guidance: "motion" is a condition like text, and can be guided like text
 
-          x (B, F N, D)                             c = time + pooled text (B, D)
-          |                                                 |
-          +--> LN, scale, shift -> self-attention  -> gate --(+)     N tokens of a frame   <- c
-          +--> LN               -> cross-attention ---------(+)     image asks, text answers
-          +--> LN               -> temporal attention ------(+)     F moments of a token  <- motion
-          +--> LN, scale, shift -> MLP             -> gate --(+)     each token by itself  <- c
-          v
-          x (B, F N, D)
+    x (B, F N, D)                                     c = time + pooled text (B, D)
+    |
+    +--> LN, scale, shift -> self-attention  -> gate --(+)  N tokens of a frame  <- c
+    +--> LN               -> cross-attention ----------(+)  image asks, text answers
+    +--> LN               -> temporal attention -------(+)  F moments of a token <- motion
+    +--> LN, scale, shift -> MLP             -> gate --(+)  each token by itself <- c
+    |
+    x (B, F N, D)
 
     from gentron import GenTronConfig, PRESETS, GenTron, Text
     cfg = GenTronConfig(**PRESETS["XL/2"], text_dims=(768, 4096), temporal=True)
