@@ -109,13 +109,15 @@ def parser():
                    help="processes that draw or decode (2)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (the best there is)")
     g.add_argument("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
+    g.add_argument("--checkpoint-activations", action="store_true",
+                   help="compute blocks again in the backward pass: slower, far less memory")
     g.add_argument("--benchmark", action="store_true", help="time training steps, train nothing")
     return p
 
 
 # Flags that change how a run is carried out, not what comes out of it: free to differ on resume
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "sample_every",
-            "workers", "device", "benchmark"}
+            "workers", "device", "checkpoint_activations", "benchmark"}
 
 
 def prepare(args):
@@ -659,6 +661,7 @@ def train(args):
         batches = vae_batches(args, dataset, net, first)
         preview = lambda path: preview_vae(path, ema, dataset, args)
     else:
+        net.model.checkpoint_activations = args.checkpoint_activations
         high, wide = (side // vae.down for side in args.size)
         shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
         stills = Latents(pictures, vae, args) if pictures is not None else None
