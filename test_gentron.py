@@ -1590,7 +1590,41 @@ def test_micro_batches_do_not_change_the_run(tmp_path):
     folders = [run_train(tmp_path, "--vae", vae, "--steps", "4", "--grad-accum", k, out=k)
                for k in ("1", "4")]
     runs = [G.load_checkpoint(folder / "last.pt")["weights"] for folder in folders]
-    assert max((runs[0][k] - runs[1][k]).abs().max() for k in runs[0]) < 1e-4
+    assert max(largest(runs[0][k], runs[1][k]) for k in runs[0]) < 1e-4
+    # Adam forgives a gradient that is four times too large; its logged norm does not
+    logs = [list(csv.DictReader(open(folder / "log.csv"))) for folder in folders]
+    for a, b in zip(*logs):
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
+def test_an_item_without_motion_is_a_picture_with_its_own_caption():
+    """Joint training: stills come from the pictures, one in all frames; the rest are clips."""
+    class Fake:
+        def __init__(self, name, frames, value):
+            self.name, self.frames, self.value = name, frames, value
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, places):
+            z = torch.stack([torch.full((self.frames, 4, 2, 2), self.value + p) for p in places])
+            return z, [f"{self.name} {p}" for p in places]
+    args = SimpleNamespace(seed=0, p_motion_free=0.5, p_drop_text=0.1, own=slice(4, 16))
+    batches = train.joint_batches(args, Fake("clip", 3, 1000.0), Fake("picture", 1, 2000.0),
+                                  G.NoiseSchedule(), (16, 3, 4, 2, 2), first=0)
+    kinds = set()
+    for _, (z0, captions, draws) in zip(range(4), batches):
+        assert z0.shape == (12, 3, 4, 2, 2) and len(draws.t) == 12
+        for z, caption, still in zip(z0, captions, draws.still.tolist()):
+            name, place = caption.split()
+            assert name == ("picture" if still else "clip")
+            assert (z == (2000.0 if still else 1000.0) + int(place)).all()
+            kinds.add(name)
+    assert kinds == {"clip", "picture"}
+    _, captions, _ = next(train.joint_batches(args, Fake("clip", 3, 0.0), None, G.NoiseSchedule(),
+                                              (16, 3, 4, 2, 2), first=0))
+    assert all(caption.startswith("clip") for caption in captions)
 
 
 def test_other_flags_on_resume_are_refused_by_name(tmp_path, capsys):
