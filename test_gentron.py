@@ -1663,6 +1663,16 @@ def test_bad_steps_are_skipped_counted_and_never_saved(tmp_path, monkeypatch, ca
     assert (run / "last.pt").read_bytes() == before
 
 
+def test_a_crash_leaves_no_worker_behind(tmp_path):
+    """Workers ignore signals, so an exit that waits for them would wait for ever."""
+    flags = [*SMALL, "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--workers", "2"]
+    code = ("import gentron, train\ndef crash(*_): raise RuntimeError('crash')\n"
+            f"gentron.Net.forward = crash\ntrain.main({flags})")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert result.returncode == 1 and "RuntimeError: crash" in result.stderr
+
+
 def test_one_batch_can_be_overfitted():
     """Learning works at all: four pictures, a few hundred steps, and the loss is nearly gone."""
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ import copy
 import csv
 import itertools
 import math
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -799,6 +800,8 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
+        for worker in multiprocessing.active_children():    # they ignore SIGTERM: exit would wait
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
