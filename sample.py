@@ -36,6 +36,7 @@ import gentron as G
 # -----------------------------------------------------------------------------
 
 def parser():
+    """Every flag, in three groups."""
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what to draw")
     g.add_argument("prompt", nargs="*", help="one or more sentences")

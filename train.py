@@ -279,6 +279,7 @@ CHUNK = 64      # items that are drawn and encoded together: always the same one
 
 @lru_cache(maxsize=4)
 def permutation(seed, epoch, n):
+    """The order of n items in an epoch, (n,): a function of its arguments."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -580,6 +581,7 @@ class Stop:
             signal.signal(name, self.on_signal)
 
     def on_signal(self, number, frame):
+        """Notes the signal; the loop looks at it after the step. The next Ctrl-C is Python's own."""
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -601,6 +603,7 @@ def gather(x, args):
 
 
 def autocast(args):
+    """bf16 where --precision says so; weights and loss stay fp32."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
