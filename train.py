@@ -581,7 +581,7 @@ class Stop:
             signal.signal(name, self.on_signal)
 
     def on_signal(self, number, frame):
-        """Notes the signal; the loop looks at it after the step. The next Ctrl-C is Python's own."""
+        """Notes the signal; the loop looks after the step. The next Ctrl-C ends the process."""
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
