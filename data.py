@@ -29,6 +29,7 @@ import sys
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -1059,6 +1060,10 @@ class Folder:
             lines.append(f"  ... and {len(self.skipped) - 10:,} more skipped")
         return lines
 
+    def stem(self, file):
+        """A file's name for finding its namesake in another folder: no suffix, `/` between."""
+        return file.relative_to(self.root).with_suffix("").as_posix()
+
     def _name(self, file):
         return str(file.relative_to(self.root)) if file.is_relative_to(self.root) else str(file)
 
@@ -1160,7 +1165,8 @@ def _sample(stream, frames, fps):
 def _animation(file, size, frames):
     """The (start, frame) pairs of a GIF or WebP; one pair for a still picture."""
     with _opened(file) as image:
-        if frames > 1 and getattr(image, "n_frames", 1) == 1:
+        # a GIF may be a clip in which nothing moves: equal frames are stored as one
+        if frames > 1 and getattr(image, "n_frames", 1) == 1 and image.format != "GIF":
             raise ValueError("a still picture; give it by --image-data")
         start = 0.0
         for k in range(frames and getattr(image, "n_frames", 1)):
@@ -1169,13 +1175,18 @@ def _animation(file, size, frames):
             start += (image.info.get("duration") or 100) / 1000        # milliseconds; none = 100
 
 
-def _video(file, size):
-    """The (start, frame) pairs of a video, through PyAV."""
+def need_av(doing):
+    """The av package (PyAV), imported only when a video is there. ValueError with the remedy."""
     try:
         import av
     except ImportError:
-        raise ValueError("reading videos needs: pip install -e '.[video]'") from None
-    with av.open(str(file)) as container:
+        raise ValueError(f"{doing} videos needs: pip install -e '.[video]'") from None
+    return av
+
+
+def _video(file, size):
+    """The (start, frame) pairs of a video, through PyAV."""
+    with need_av("reading").open(str(file)) as container:
         first = None
         for frame in container.decode(video=0):
             time = float(frame.time or 0)
@@ -1192,6 +1203,13 @@ def _opened(file):
         image.close()
         raise ValueError(f"{image.width}x{image.height} is above {MAX_PIXELS // 10**6} megapixels")
     return image
+
+
+def size_of(file):
+    """(height, width) of a picture file as it is shown, turned as EXIF says."""
+    with _opened(file) as image:
+        wide, high = image.size
+        return (wide, high) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (high, wide)
 
 
 def fit(image, size):
@@ -1307,8 +1325,24 @@ def save_gif(path, images, fps=4):
     # A GIF counts in hundredths: the ends of frames are rounded, not their lengths, or it drifts.
     ends = [10 * round(100 * k / fps) for k in range(len(images) + 1)]
     lengths = [max(10, b - a) for a, b in zip(ends, ends[1:])]
-    first.save(path, save_all=True, append_images=rest, loop=0,
+    first.save(path, "GIF", save_all=True, append_images=rest, loop=0,
                duration=lengths if rest else lengths[0])
+
+
+def save_mp4(path, images, fps=4):
+    """Writes PIL images as an H.264 video, `fps` images a second. ValueError if av is missing."""
+    av = need_av("writing")
+    # H.264 wants even sides: a last odd row or column is cut
+    w, h = (side // 2 * 2 for side in images[0].size)
+    with av.open(str(path), "w") as container:
+        # 1 / 100 s is fine enough for 12.5 frames a second, and what a GIF has
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100))
+        stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+        stream.options = {"crf": "16"}                       # near lossless: small flat pictures
+        for image in images:
+            frame = av.VideoFrame.from_image(image.crop((0, 0, w, h)))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))                   # what the encoder still holds back
 
 
 # -----------------------------------------------------------------------------

@@ -416,13 +416,19 @@ class NoiseSchedule:
         # (z, v) is (z0, eps) turned by an angle, as alpha^2 + sigma^2 = 1: turn it back
         return alpha * z - sigma * out, sigma * z + alpha * out
 
-    def draw_timesteps(self, n, generator):
-        """n training timesteps, (n,) whole numbers. Uniform for eps, as in DDPM and the paper."""
+    def draw_timesteps(self, n, generator, frames=1):
+        """n training timesteps, (n,) whole numbers, for clips of so many frames. Uniform for eps,
+        as in DDPM and the paper."""
         if self.objective == "eps":
             return torch.randint(self.steps, (n,), generator=generator)
         # OURS: for v a logit-normal (Esser et al. 2024), most in the middle, where shapes are
-        # decided: after 4 minutes it had 73 of 100 single objects right, uniform 44
-        return (torch.sigmoid(torch.randn(n, generator=generator)) * self.steps).long()
+        # decided: after 4 minutes it had 73 of 100 single objects right, uniform 44. F frames show
+        # one scene F times, so it takes more noise to hide it, and where things go is decided
+        # there. F independent views would move the mean by log(F) / 2; half of that, as frames are
+        # alike.
+        mean = math.log(frames) / 4
+        x = mean + torch.randn(n, generator=generator)
+        return (torch.sigmoid(x) * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, n):
         """n timesteps from pure noise down ("trailing" spacing): 999, 959, ... 39 for n = 25.
@@ -521,7 +527,7 @@ def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0):
     # Both drops are drawn even where the probability is 0, so changing it changes no other draw
     drop_text = torch.rand(shape[0], generator=g) < p_drop_text
     still = torch.rand(shape[0], generator=g) < p_still
-    t = schedule.draw_timesteps(shape[0], g) if schedule else torch.zeros(shape[0])
+    t = schedule.draw_timesteps(shape[0], g, shape[1]) if schedule else torch.zeros(shape[0])
     return Draws(t, torch.randn(shape, generator=g), drop_text, still)
 
 
@@ -643,6 +649,10 @@ class WordEncoder(nn.Module):
         """The words of one caption that the vocabulary lacks, in their order; all read UNKNOWN."""
         return [word for word in split_words(caption) if word not in self.index]
 
+    def spell(self, caption):
+        """What each token of one caption stands for: up to L strings."""
+        return ["(start)", *split_words(caption)][:self.max_words]
+
 
 class LabelEncoder(nn.Module):
     """Classes in place of sentences: a learned vector a class, and one for none. With adaLN
@@ -665,6 +675,10 @@ class LabelEncoder(nn.Module):
     def unknown(self, caption):
         """[caption] if it names no class, else []."""
         return [] if caption in self.index else [caption]
+
+    def spell(self, caption):
+        """What the one token stands for: [caption]."""
+        return [caption]
 
 
 class TextEncoder(nn.Module):
@@ -761,6 +775,11 @@ class FrozenEncoder(nn.Module):
     def unknown(self, caption):
         """[]: a subword tokenizer can spell any word."""
         return []
+
+    def spell(self, caption):
+        """What each token of one caption stands for, as the tokenizer writes it: L strings."""
+        ids = self.tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
+        return self.tokenizer.convert_ids_to_tokens(ids)
 
 
 # -----------------------------------------------------------------------------

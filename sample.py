@@ -1,10 +1,14 @@
 """
-sample.py: prompt in, picture or clip out.
+sample.py: prompt in, picture or clip out; graded, compared, looked into.
 
     python sample.py "a red circle left of a blue square" "a green star"     # -> out.png
     python sample.py "a red circle moving left" --frames 8 --out out.gif     # a video model's clip
     python sample.py --prompts prompts.txt --per-prompt 4 --out samples/     # one file a picture
+    python sample.py "a red circle and a blue ring" --strip                  # how it came about
+    python sample.py "a red circle and a blue ring" --attention              # what each word sees
     python sample.py --bench                                                 # graded, a table
+    python sample.py --bench --cfg 1,2,4,8 --category color                  # ... a row a value
+    python sample.py --compare runs/a/ema.pt runs/b/ema.pt                   # which draws better?
 
 The checkpoint is --ckpt, or the newest run's in runs/, or the one that ships (assets/nano.pt); it
 is always printed. Same checkpoint, prompt, seed and flags: same picture, whatever its neighbours.
@@ -15,7 +19,10 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
 
 import argparse
+import base64
 import difflib
+import io
+import itertools
 import json
 import math
 import sys
@@ -25,18 +32,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import data as D
 import gentron as G
 
+HERE = Path(__file__).resolve().parent
+FAULT = "#c03030"                                           # what the judge found wrong, in red
+
 # -----------------------------------------------------------------------------
 # 1. Flags
 # -----------------------------------------------------------------------------
 
+def listed(read):
+    """An argparse type: values by commas, each as `read` reads it -> a list. Only --bench takes
+    more than one: it then prints a row for each."""
+    return lambda text: [read(part) for part in text.split(",")]
+
+
+def motion_scale(text):
+    """An argparse type: l_M, or "off" for None: temporal attention off altogether (motion-free)."""
+    return None if text == "off" else D.number(float, 0, 100)(text)
+
+
 def parser():
-    """Every flag, in three groups."""
+    """Every flag, in four groups."""
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what to draw")
     g.add_argument("prompt", nargs="*", help="one or more sentences")
@@ -47,30 +69,43 @@ def parser():
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (as trained)")
     g.add_argument("--frames", type=D.number(int, 1, 1024), default=1, help="above 1: a clip")
     g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), help="(as trained)")
-    g.add_argument("--out", help="FILE.png, FILE.gif, or a folder/ for one file a picture; "
-                                 "with --bench a PNG of the failures (out.png, out.gif)")
-    g = p.add_argument_group("how")
-    g.add_argument("--ckpt", metavar="FILE", help="ema.pt or last.pt of a run")
+    g.add_argument("--out", help="FILE.png, FILE.gif, FILE.mp4, or a folder/ for one file a "
+                                 "picture (out.png, out.gif); --bench: a PNG of what failed "
+                                 "(bench.png); --compare: the study's page (study.html)")
+    g = p.add_argument_group("how (with --bench, several values by commas: a row for each)")
+    g.add_argument("--ckpt", type=listed(str), metavar="FILE", help="ema.pt or last.pt of a run")
     g.add_argument("--ema", dest="weights", action="store_const", const="ema", default="ema",
                    help="the averaged weights (default)")
     g.add_argument("--raw", dest="weights", action="store_const", const="weights",
                    help="the weights themselves, which only last.pt holds")
-    g.add_argument("--cfg", type=D.number(float, 0, 100), default=4.0, metavar="l_T",
+    g.add_argument("--cfg", type=listed(D.number(float, 0, 100)), default=[4.0], metavar="l_T",
                    help="text guidance, uncond + l_T (cond - uncond); 1 = off (4)")
-    g.add_argument("--motion", type=D.number(float, 0, 100), default=1.0, metavar="l_M",
-                   help="motion-free guidance of clips; 1 = off, the paper: 1.0 to 1.3 (1)")
-    g.add_argument("--steps", type=D.number(int, 1, 1000), default=25)
+    g.add_argument("--motion", type=listed(motion_scale), default=[1.0], metavar="l_M",
+                   help="motion-free guidance of clips: 1 = none (1), above: more motion, the "
+                        "paper's are 1.0 to 1.3; 'off' = no motion, each frame sees itself alone")
+    g.add_argument("--steps", type=listed(D.number(int, 1, 1000)), default=[25],
+                   help="of the sampler (25)")
     g.add_argument("--sampler", choices=tuple(G.SAMPLERS), default="dpm++")
     g.add_argument("--batch-size", type=D.number(int, 1, 4096), default=50, help="at a time (50)")
     g.add_argument("--device", help="cpu, cuda, mps ... (the best there is)")
-    g = p.add_argument_group("grading, on the shapes world")
+    g = p.add_argument_group("in place of a picture").add_mutually_exclusive_group()
+    g.add_argument("--strip", action="store_true",
+                   help="each prompt's picture at twelve moments, the estimate of z0 below")
+    g.add_argument("--attention", action="store_true",
+                   help="where in the picture each word is attended, a row a word")
     g.add_argument("--bench", action="store_true",
                    help="draw fixed prompts, let the judge read them, print a table")
-    g.add_argument("--quick", action="store_true", help="20 prompts a category, not 100")
+    g.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                   help="two checkpoints, or two folders of pictures named alike: the judge's win, "
+                        "draw, lose, and a page on which people can vote blind")
+    g = p.add_argument_group("grading, on the shapes world")
+    g.add_argument("--n", type=D.number(int, 1, 10_000), help="prompts a category (100)")
+    g.add_argument("--quick", action="store_true", help="20 prompts a category")
     g.add_argument("--split", choices=("seen", "unseen"), default="seen",
                    help="colour-shape pairs of the training, or those held out of it")
     g.add_argument("--category", nargs="+", choices=tuple(D.SCORED_ON), help="some of them only")
-    g.add_argument("--json", metavar="FILE", help="every verdict, and all that led to it")
+    g.add_argument("--json", metavar="FILE", help="every verdict, and all that led to it "
+                                                  "(bench.json, study.json)")
     return p
 
 
@@ -104,12 +139,24 @@ def check_words(encoder, prompts):
             raise ValueError(f"'{word}' is not in this model's vocabulary; {hint}")
 
 
+def bench_prompts(args):
+    """{category: (prompts, seeds)} of the benchmark: fixed sentences, each with its own noise."""
+    n = args.n or (20 if args.quick else 100)
+    names = args.category or (D.CLIP_CATEGORIES if args.frames > 1 else
+                              (*D.CATEGORIES, "numeracy"))
+    # A prompt's noise depends on its place in its category, not on what else is asked for
+    return {name: (D.prompts(name, n, args.split),
+                   [args.seed + zlib.crc32(f"{name} {k}".encode()) for k in range(n)])
+            for name in names}
+
+
 # -----------------------------------------------------------------------------
 # 3. The model
 # -----------------------------------------------------------------------------
 
 class Sampler:
-    """A checkpoint ready to draw: sampler(prompts, seeds) -> uint8 (n, F, H, W, 3)."""
+    """A checkpoint ready to draw: sampler(prompts, seeds) -> uint8 (n, F, H, W, 3). args: flags of
+    one value each. Raises ValueError for a checkpoint that cannot make what they ask for."""
     def __init__(self, args, path):
         self.args, self.path, self.state = args, path, G.load_checkpoint(path)
         self.device = G.pick_device(args.device)
@@ -125,7 +172,7 @@ class Sampler:
             raise ValueError(f"--frames {args.frames} needs a video model, and {path} makes "
                              f"pictures; train one: python train.py --stage t2v")
 
-    def __call__(self, prompts, seeds, what="sampling"):
+    def __call__(self, prompts, seeds, what="sampling", on_step=None):
         args, clips = self.args, []
         with tqdm(total=len(prompts), desc=what, leave=False) as bar:
             for i in range(0, len(prompts), args.batch_size):
@@ -133,9 +180,44 @@ class Sampler:
                 clips.append(G.generate(
                     self.net.model, self.net.text, self.vae, self.net.schedule, prompts[part],
                     seeds[part], self.size, args.frames, args.cfg, args.motion, args.steps,
-                    args.sampler, self.device))
+                    args.sampler, self.device, on_step))
                 bar.update(len(prompts[part]))
         return np.concatenate(clips)
+
+    def decode(self, z):
+        """Latents (n, F, C, h, w), also half-finished ones -> uint8 (n, F, H, W, 3)."""
+        with torch.no_grad():
+            return G.to_uint8(self.vae.decode(z))
+
+    def round_trip(self, clips):
+        """n uint8 clips through the autoencoder and back: uint8 (n, F, H, W, 3)."""
+        back = []
+        for i in range(0, len(clips), self.args.batch_size):
+            x = G.to_float(np.stack(clips[i:i + self.args.batch_size])).to(self.device)
+            with torch.no_grad():
+                back.append(self.decode(self.vae.encode(x)))
+        return np.concatenate(back)
+
+
+def settings(args):
+    """Flags that hold lists -> Namespaces of one value each, all combinations, --ckpt outermost."""
+    paths = args.ckpt or [G.find_checkpoint()]
+    for path, cfg, motion, steps in itertools.product(paths, args.cfg, args.motion, args.steps):
+        yield argparse.Namespace(**{**vars(args), "ckpt": path, "cfg": cfg, "motion": motion,
+                                    "steps": steps})
+
+
+def shown(value):
+    """A flag's value as it is written on the command line."""
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def introduce(sampler):
+    """Prints which checkpoint draws, and how."""
+    args, state = sampler.args, sampler.state
+    print(f"{sampler.path}: {state['stage']}, step {state['step']}, "
+          f"{'EMA' if args.weights == 'ema' else 'raw'} weights; {args.sampler}, {args.steps} "
+          f"steps, cfg {args.cfg:g}, motion {shown(args.motion)}", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -148,8 +230,10 @@ def output_path(args):
     if str(args.out).endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
         D.writable(path / "captions.jsonl")
         return path, True
-    if path.suffix.lower() not in (".png", ".gif"):
-        raise ValueError(f"--out {path} is no .png, .gif or folder/; try --out out.png")
+    if path.suffix.lower() == ".mp4":
+        D.need_av("writing")
+    elif path.suffix.lower() not in (".png", ".gif"):
+        raise ValueError(f"--out {path} is no .png, .gif, .mp4 or folder/; try --out out.png")
     return D.writable(path), False
 
 
@@ -165,16 +249,26 @@ def write(clips, prompts, path, folder, fps):
         rows = [json.dumps({"file": n, "caption": p}) + "\n" for n, p in zip(names, prompts)]
         (path / "captions.jsonl").write_text("".join(rows), encoding="utf-8")
         return
+    if path.suffix.lower() == ".png":
+        film_strip(clips, prompts).save(path)
+        return
     columns = min(6, math.ceil(math.sqrt(len(clips))))
-    if path.suffix.lower() == ".gif":
-        sheets = [D.contact_sheet(clips, prompts, columns, frame=f) for f in range(frames)]
-        D.save_gif(path, sheets, fps)
-    elif frames > 1:
-        cells = [frame for clip in clips for frame in clip]
-        labels = [prompt if f == 0 else "" for prompt in prompts for f in range(frames)]
-        D.contact_sheet(cells, labels, columns=frames).save(path)
-    else:
-        D.contact_sheet(clips, prompts, columns).save(path)
+    sheets = [D.contact_sheet(clips, prompts, columns, frame=f) for f in range(frames)]
+    save = D.save_gif if path.suffix.lower() == ".gif" else D.save_mp4
+    save(path, sheets, fps)
+
+
+def film_strip(clips, prompts, notes=None):
+    """Clips as one picture: a row a clip, its caption (and note) under the first frame; pictures
+    (F = 1) as a grid -> an image."""
+    frames = len(clips[0])
+    notes = notes or [None] * len(clips)
+    if frames == 1:
+        columns = min(10, math.ceil(math.sqrt(len(clips))))
+        return D.contact_sheet(clips, prompts, columns, notes)
+    cells = [frame for clip in clips for frame in clip]
+    first = lambda items, rest: [x if f == 0 else rest for x in items for f in range(frames)]
+    return D.contact_sheet(cells, first(prompts, ""), frames, first(notes, None))
 
 
 # -----------------------------------------------------------------------------
@@ -188,89 +282,342 @@ def wilson(right, n):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-@torch.no_grad()
-def round_trip(sampler, prompts, batch):
-    """The prompts' truth, drawn, through the autoencoder and back: uint8 (n, F, H, W, 3). How often
-    the judge reads that right is the ceiling of whatever is sampled through this autoencoder."""
-    clips = [D.truth(prompt, 0, sampler.size, sampler.args.frames) for prompt in prompts]
-    back = []
-    for i in range(0, len(clips), batch):
-        x = G.to_float(np.stack(clips[i:i + batch])).to(sampler.device)
-        back.append(G.to_uint8(sampler.vae.decode(sampler.vae.encode(x))))
-    return np.concatenate(back)
+def percent(low, high):
+    """An interval of shares as a reader wants it: "38..57"."""
+    return f"{100 * low:.0f}..{100 * high:.0f}"
 
 
-def bench(args, sampler):
-    """Draws each category's fixed prompts, lets the judge read them, prints a table. Returns the
-    record for --json and the failures as (clip, prompt, reason)."""
-    n = 20 if args.quick else 100
-    names = args.category or (D.CLIP_CATEGORIES if args.frames > 1 else
-                              (*D.CATEGORIES, "numeracy"))
-    record = {"checkpoint": str(sampler.path), "step": sampler.state["step"],
-              "made": sampler.state["made"], "weights": args.weights, "sampler": args.sampler,
-              "steps": args.steps, "cfg": args.cfg, "motion": args.motion, "frames": args.frames,
-              "size": list(sampler.size), "seed": args.seed, "split": args.split,
-              "torch": str(torch.__version__), "numpy": np.__version__, "categories": {}}
-    failures = []
-    print(f"{'category':>16}  score   95 % interval  ceiling    n  colours there")
-    for name in names:
-        prompts = D.prompts(name, n, args.split)
-        # a prompt's noise depends on its place in its category, not on what else is asked for
-        seeds = [args.seed + zlib.crc32(f"{name} {k}".encode()) for k in range(n)]
-        clips = sampler(prompts, seeds, name)
-        verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
-        passed = [D.passed(verdict, name) for verdict in verdicts]
-        low, high = wilson(sum(passed), n)
-        ceiling = np.mean([D.passed(D.judge(clip, prompt), name) for clip, prompt
-                           in zip(round_trip(sampler, prompts, args.batch_size), prompts)])
-        colors = np.mean([verdict.numbers["colors_present"] for verdict in verdicts])
-        print(f"{name:>16}  {100 * sum(passed) / n:5.1f}   {100 * low:5.1f} .. {100 * high:5.1f}"
-              f"    {100 * ceiling:5.1f}  {n:4d}  {100 * colors:5.1f}", flush=True)
-        record["categories"][name] = {
-            "score": sum(passed) / n, "interval": [low, high], "ceiling": float(ceiling),
-            "prompts_hash": f"{zlib.crc32(chr(10).join(prompts).encode()):08x}",
-            "verdicts": [{"prompt": p, "right": ok, "reasons": v.reasons, **v.parts, **v.numbers}
-                         for p, v, ok in zip(prompts, verdicts, passed)]}
-        failures += [(clip, p, "; ".join(v.reasons))
-                     for clip, p, v, ok in zip(clips, prompts, verdicts, passed) if not ok]
-    six = [record["categories"][name]["score"] for name in D.CATEGORIES if name in names]
-    if len(six) == 6:
-        record["mean"] = sum(six) / 6
-        print(f"{'mean of the six':>16}  {100 * record['mean']:5.1f}")
-    return record, failures
+def record_of(sampler):
+    """What a reader of the numbers needs to make them again, as a JSON-able dict."""
+    args, state = sampler.args, sampler.state
+    return {"checkpoint": str(sampler.path), "stage": state["stage"], "step": state["step"],
+            "made": state["made"], "weights": args.weights, "sampler": args.sampler,
+            "steps": args.steps, "cfg": args.cfg, "motion": args.motion, "frames": args.frames,
+            "size": list(sampler.size), "seed": args.seed, "split": args.split,
+            "device": str(sampler.device), "torch": str(torch.__version__),
+            "numpy": np.__version__}
+
+
+def grade(name, prompts, clips, truth):
+    """Lets the judge read one category -> its entry of the record, and what failed as (clip,
+    prompt, reasons). truth: the prompts' true clips after a round trip through the autoencoder;
+    how often they pass is the ceiling of whatever is sampled through it."""
+    verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
+    right = [D.passed(verdict, name) for verdict in verdicts]
+    ceiling = [D.passed(D.judge(clip, prompt), name) for clip, prompt in zip(truth, prompts)]
+    entry = {"score": float(np.mean(right)), "interval": wilson(sum(right), len(right)),
+             "ceiling": float(np.mean(ceiling)), "n": len(right)}
+    for number in verdicts[0].numbers:                      # frames_right, colors_present, flicker
+        entry[number] = float(np.mean([verdict.numbers[number] for verdict in verdicts]))
+    if "motion" in verdicts[0].parts:                       # every thing does what it was told to
+        entry["moves_right"] = float(np.mean([v.parts["motion"] and v.parts["stillness"]
+                                              for v in verdicts]))
+    entry["prompts_hash"] = f"{zlib.crc32(chr(10).join(prompts).encode()):08x}"
+    entry["verdicts"] = [{"prompt": p, "right": ok, "reasons": v.reasons, **v.parts, **v.numbers}
+                         for p, v, ok in zip(prompts, verdicts, right)]
+    failures = [(clip, prompt, "; ".join(verdict.reasons))
+                for clip, prompt, verdict, ok in zip(clips, prompts, verdicts, right) if not ok]
+    return entry, failures
+
+
+def table_columns(args, swept):
+    """The table's columns: [(title, width, function of a setting, a category and its entry)]."""
+    share = lambda key: lambda one, name, entry: f"{100 * entry[key]:.1f}"
+    columns = [(flag, 6, lambda one, name, entry, flag=flag: shown(getattr(one, flag)))
+               for flag in swept if flag != "ckpt"]         # checkpoints get a line of their own
+    columns += [("category", 14, lambda one, name, entry: name), ("right", 6, share("score")),
+                ("95 %", 7, lambda one, name, entry: percent(*entry["interval"]))]
+    if args.frames > 1:                                     # all of a clip's motions; its frames
+        columns += [("moves", 6, share("moves_right")), ("frames", 7, share("frames_right")),
+                    ("flicker", 8, lambda one, name, entry: f"{entry['flicker']:.2f}")]
+    return columns + [("colours", 8, share("colors_present")), ("ceiling", 8, share("ceiling")),
+                      ("n", 5, lambda one, name, entry: str(entry["n"]))]
+
+
+def bench(args):
+    """Draws each category's fixed prompts with each setting, lets the judge read them, prints a
+    table, a row a setting and category. Writes every verdict, and a sheet of what failed."""
+    json_path = D.writable(args.json or "bench.json")
+    sheet_path = D.writable(args.out or "bench.png")
+    if args.prompt or args.prompts:
+        raise ValueError("--bench asks its own prompts; leave out yours, or --bench")
+    asked, records, failures, truth = bench_prompts(args), [], [], {}
+    swept = [flag for flag in ("ckpt", "cfg", "motion", "steps")
+             if len(getattr(args, flag) or ()) > 1]
+    columns = table_columns(args, swept)
+    for one in settings(args):
+        sampler = Sampler(one, one.ckpt)
+        if not records or records[-1]["checkpoint"] != one.ckpt:
+            introduce(sampler)
+            print("".join(f"{title:>{width}}" for title, width, _ in columns))
+        record = {**record_of(sampler), "categories": {}}
+        for name, (prompts, seeds) in asked.items():
+            # The ceiling depends on the autoencoder and the prompts, not on the other flags
+            if (one.ckpt, name) not in truth:
+                true = [D.truth(prompt, 0, sampler.size, one.frames) for prompt in prompts]
+                truth[one.ckpt, name] = sampler.round_trip(true)
+            clips = sampler(prompts, seeds, name)
+            entry, failed = grade(name, prompts, clips, truth[one.ckpt, name])
+            record["categories"][name] = entry
+            failures += failed
+            print("".join(f"{text(one, name, entry):>{width}}" for _, width, text in columns),
+                  flush=True)
+        six = [record["categories"][name]["score"] for name in D.CATEGORIES if name in asked]
+        if len(six) == 6:
+            record["mean"] = sum(six) / 6
+            print(f"mean of the six {100 * record['mean']:5.1f}")
+        records.append(record)
+    json_path.write_text(json.dumps(records if len(records) > 1 else record, indent=1),
+                         encoding="utf-8")
+    print(f"wrote {json_path}: every verdict")
+    if failures:
+        clips, prompts, reasons = zip(*failures[:60])
+        film_strip(clips, prompts, [(reason, FAULT) for reason in reasons]).save(sheet_path)
+        print(f"wrote {sheet_path}: {len(clips)} of {len(failures)} failures, each with its reason")
+    return 0
 
 
 # -----------------------------------------------------------------------------
-# 6. Main
+# 6. Two systems compared: by the judge, and by people
 # -----------------------------------------------------------------------------
 
-def run(args):
-    """Everything that can be refused is refused before the model draws."""
-    started = time.monotonic()
-    if args.bench:
-        for path in (args.json, args.out):
-            if path:
-                D.writable(path)
-    else:
+STUDY = 100                     # pairs on the page at most, the paper's number of prompts
+SIDE = 512                      # pixels of a picture on the page at most
+QUESTIONS = [{"key": "quality", "text": "Which looks better?"},          # the paper's two
+             {"key": "alignment", "text": "Which fits the text better?"}]
+
+
+def drawn_pairs(args):
+    """--compare of two checkpoints: both draw the same prompts from the same noise. Returns what
+    `folder_pairs` does."""
+    if args.prompt or args.prompts:
         prompts = [prompt for prompt in read_prompts(args) for _ in range(args.per_prompt)]
-        path, folder = output_path(args)
+        asked = {"": (prompts, [args.seed + k for k in range(len(prompts))])}
+    else:
+        asked = bench_prompts(args)
+    labels = [name for name, (prompts, _) in asked.items() for _ in prompts]
+    prompts, seeds = (list(itertools.chain(*part)) for part in zip(*asked.values()))
+    clips = []
+    for path in args.compare:
+        sampler = Sampler(args, path)
+        introduce(sampler)
+        check_words(sampler.net.text, prompts)
+        clips.append(sampler(prompts, seeds))
+    if clips[0].shape != clips[1].shape:
+        raise ValueError(f"the two draw at different sizes, {clips[0].shape[2:4]} and "
+                         f"{clips[1].shape[2:4]}; give one by --size")
+    return *clips, prompts, labels, sampler.fps
+
+
+def folder_pairs(args):
+    """--compare of two folders of pictures named alike, by whatever system. Captions come from
+    either (captions.jsonl, or NAME.txt). Returns clips of A and B (n, F, H, W, 3), prompts, the
+    category of each, frames a second."""
+    size, fps = args.size, args.fps or 4.0
+    if size is None:                                        # the first picture's, if not too large
+        first = next((f for f in sorted(Path(args.compare[0]).iterdir())
+                      if f.suffix.lower() in D.PICTURES), None)
+        size = (64, 64) if first is None else D.size_of(first)
+        size = tuple(round(side * min(1, SIDE / max(size))) for side in size)
+    a, b = (D.Folder(path, size, args.frames, fps) for path in args.compare)
+    by_name = [{folder.stem(file): (k, caption) for k, (file, caption) in enumerate(folder.items)}
+               for folder in (a, b)]
+    names = sorted(by_name[0].keys() & by_name[1].keys())
+    if not names:
+        raise ValueError(f"no picture of {args.compare[0]} has a namesake in {args.compare[1]}")
+    missing = len(by_name[0].keys() ^ by_name[1].keys())
+    if missing:
+        print(f"{missing} pictures without a namesake are left out")
+    prompts = []
+    for name in names:
+        said = {by_name[side][name][1] for side in (0, 1)} - {""}
+        if len(said) > 1:
+            raise ValueError(f"the two folders give '{name}' different captions: {sorted(said)}")
+        prompts.append(said.pop() if said else "")
+    clips = [np.stack([folder[by_name[side][name][0]][0] for name in names])
+             for side, folder in enumerate((a, b))]
+    return *clips, prompts, [""] * len(names), fps
+
+
+def judged(clips, prompts, labels):
+    """True, False, or None where the prompt is no sentence of the shapes world: a list."""
+    answers = []
+    for clip, prompt, name in zip(clips, prompts, labels):
+        try:
+            verdict = D.judge(clip, prompt)
+            answers.append(D.passed(verdict, name) if name else verdict.right)
+        except ValueError:
+            answers.append(None)
+    return answers
+
+
+def data_url(clip, fps):
+    """A clip as the text of an <img> source: a PNG, a JPEG where that would be large, a GIF."""
+    file, images = io.BytesIO(), [Image.fromarray(frame) for frame in clip]
+    kind = "gif" if len(clip) > 1 else "png" if max(images[0].size) <= 256 else "jpeg"
+    if kind == "gif":
+        D.save_gif(file, images, fps)
+    else:
+        images[0].save(file, kind, quality=92)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def study_page(path, clips_a, clips_b, prompts, names, fps):
+    """Writes the page on which people vote, pictures inside: the template with one JSON put in."""
+    few = np.unique(np.linspace(0, len(prompts) - 1, min(STUDY, len(prompts))).astype(int))
+    pairs = [{"key": str(k), "prompt": prompts[k], "a": data_url(clips_a[k], fps),
+              "b": data_url(clips_b[k], fps)} for k in few]
+    # The fingerprint keeps votes of another study out of this one's table
+    study = {"id": f"{zlib.crc32(json.dumps(pairs).encode()):08x}", "title": "Which is better?",
+             "questions": QUESTIONS, "names": dict(zip("ab", names)), "pairs": pairs}
+    page = (HERE / "assets" / "study.html").read_text(encoding="utf-8")
+    # no caption can close the script element
+    page = page.replace("/*STUDY*/null", json.dumps(study).replace("<", "\\u003c"))
+    path.write_text(page, encoding="utf-8")
+    return len(few)
+
+
+def compare(args):
+    """--compare A B: per prompt the judge's verdict on both, and a page for people."""
+    page, json_path = D.writable(args.out or "study.html"), D.writable(args.json or "study.json")
+    folders = [Path(path).is_dir() for path in args.compare]
+    if any(folders) != all(folders):
+        raise ValueError(f"--compare {' '.join(args.compare)} is one folder and one file; "
+                         f"give two checkpoints, or two folders")
+    names = [str(path) for path in args.compare]
+    clips_a, clips_b, prompts, labels, fps = (folder_pairs if all(folders) else drawn_pairs)(args)
+    rows = list(zip(labels, judged(clips_a, prompts, labels), judged(clips_b, prompts, labels)))
+    print(f"A = {names[0]}, B = {names[1]}")
+    print(f"{'category':>14}     n    A wins  95 %     draw  95 %     loses  95 %")
+    record = {"a": names[0], "b": names[1], "seed": args.seed, "rows": {}, "verdicts": [
+        {"prompt": prompt, "category": label, "a": a, "b": b}
+        for prompt, (label, a, b) in zip(prompts, rows)]}
+    for label in [*dict.fromkeys(labels), "all"]:
+        known = [(a, b) for name, a, b in rows if a is not None and label in (name, "all")]
+        n = len(known)
+        if not n or label == "":
+            continue
+        counts = [sum(a > b for a, b in known), sum(a == b for a, b in known),
+                  sum(a < b for a, b in known)]
+        record["rows"][label] = {"n": n, "win": counts[0], "draw": counts[1], "lose": counts[2]}
+        print(f"{label:>14} {n:5d}" + "".join(
+            f"    {100 * k / n:5.1f} {percent(*wilson(k, n)):>6}" for k in counts))
+    if "all" not in record["rows"]:
+        print("no prompt is a sentence of the shapes world: nothing for the judge to read")
+    json_path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    shown_pairs = study_page(page, clips_a, clips_b, prompts, names, fps)
+    print(f"wrote {json_path}, and {page} for people: {shown_pairs} pairs, open it in a browser")
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# 7. Looking inside: the steps of a picture, and what its words see
+# -----------------------------------------------------------------------------
+
+def strip(sampler, prompts, seeds, moments=12):
+    """Each prompt's picture at twelve moments of denoising, and under each the clean picture which
+    the network expects at that moment -> an image. The expectation settles from the layout to the
+    edges: what is decided at which noise level."""
+    steps = []                                              # (t, z, z0) of every step
+    sampler(prompts, seeds, on_step=lambda *step: steps.append(step))
+    keep = np.unique(np.linspace(0, len(steps) - 1, moments).astype(int))
+    times = [steps[k][0] for k in keep]
+    cells, labels = [], []
+    for j, prompt in enumerate(prompts):
+        for what, part in ((prompt, 1), ("expected", 2)):
+            z = torch.stack([steps[k][part][j] for k in keep])               # (12, 1, C, h, w)
+            cells += list(sampler.decode(z))
+            note = "after t = " if part == 1 else "at t = "
+            labels += [f"{what if k == 0 else ''} {note}{t}" for k, t in enumerate(times)]
+    return D.contact_sheet(cells, labels, len(keep), cell=96)
+
+
+def attend(cross, x, k, mask):
+    """The weights behind Attention's answer: x (B, T, D), k (B, h, L, D/h), mask bool (B, L) ->
+    (B, T, L), mean over heads; 1 in sum over the L words."""
+    q = cross.split(cross.q(x))                                              # (B, h, T, D/h)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                # (B, h, T, L)
+    return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(-1).mean(1)
+
+
+def attention_maps(sampler, prompt, seed):
+    """Draws one picture and listens in on its cross-attention. Returns the picture, uint8
+    (1, H, W, 3), the words, and maps (steps, L, h, w): how much each patch looked at each of the L
+    words of the first encoder, mean over heads and the blocks that read it."""
+    model, encoder = sampler.net.model, sampler.net.text
+    if model.cfg.conditioning != "cross" or not encoder.encoders:
+        raise ValueError(f"--attention needs a model with cross-attention, {sampler.path} has none")
+    if sampler.args.cfg == 0:
+        raise ValueError("--attention follows the words, which --cfg 0 leaves out; try --cfg 4")
+    heard = []
+    def listen(cross, inputs, output):
+        x, (k, _), mask = inputs
+        heard.append(attend(cross, x[:1], k[:1], mask[:1])[0])               # row 0: e(text, on)
+    reading = model.blocks[::len(encoder.encoders)]         # block k reads encoder k mod K
+    hooks = [block.cross.register_forward_hook(listen) for block in reading]
+    picture = sampler([prompt], [seed])[0]
+    for hook in hooks:
+        hook.remove()
+    maps = torch.stack(heard).unflatten(0, (-1, len(reading))).mean(1)       # (steps, N, L)
+    p = sampler.vae.down * model.cfg.patch_size
+    grid = [side // p for side in sampler.size]
+    words = encoder.encoders[0].spell(prompt)
+    return picture, words, maps.transpose(1, 2)[:, :len(words)].unflatten(2, grid)
+
+
+def attention_sheet(sampler, prompts, seeds):
+    """A row a word: the picture lit where the word is attended, early, midway, late, and over all
+    of the denoising; under it how much of the attention the word gets -> an image."""
+    moments, cells, labels = ("early", "midway", "late", "in all"), [], []
+    for prompt, seed in zip(prompts, seeds):
+        picture, words, maps = attention_maps(sampler, prompt, seed)
+        # fewer than three steps: some thirds are empty, and show the whole
+        parts = [part if len(part) else maps for part in (*maps.tensor_split(3), maps)]
+        for k, word in enumerate(words):
+            for when, part in zip(moments, parts):
+                light = part[:, k].mean(0)                                   # (h, w)
+                share, light = light.mean().item(), light / light.max().clamp(min=1e-8)
+                light = F.interpolate(light[None, None], sampler.size, mode="bicubic")[0, 0]
+                light = light.clamp(0.1, 1)[..., None].cpu().numpy()         # (H, W, 1)
+                cells.append((picture * light).astype(np.uint8))
+                labels.append(f"{word}, {when}: {100 * share:.0f} %")
+    return D.contact_sheet(cells, labels, len(moments))
+
+
+# -----------------------------------------------------------------------------
+# 8. Main
+# -----------------------------------------------------------------------------
+
+def only_one(args):
+    """The flags with one value in place of each list: everything but --bench draws one way."""
+    one = {}
+    for name in ("ckpt", "cfg", "motion", "steps"):
+        values = getattr(args, name) or [None]              # no --ckpt: looked for later
+        if len(values) > 1:
+            raise ValueError(f"--{name} {','.join(map(shown, values))} is several values, which "
+                             f"only --bench takes")
+        one[name] = values[0]
+    return argparse.Namespace(**{**vars(args), **one})
+
+
+def draw(args):
+    """Prompts in, pictures out. Everything that can be refused is refused before a step is made."""
+    started = time.monotonic()
+    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.per_prompt)]
+    path, folder = output_path(args)
+    inside = strip if args.strip else attention_sheet if args.attention else None
+    if inside and (args.frames > 1 or folder or path.suffix.lower() != ".png"):
+        raise ValueError("--strip and --attention show how a picture is drawn, in one PNG; "
+                         "leave out --frames, try --out out.png")
     sampler = Sampler(args, args.ckpt or G.find_checkpoint())
-    print(f"{sampler.path}: {sampler.state['stage']}, step {sampler.state['step']}, "
-          f"{'EMA' if args.weights == 'ema' else 'raw'} weights; {args.sampler}, {args.steps} "
-          f"steps, cfg {args.cfg:g}, motion {args.motion:g}")
-    if args.bench:
-        record, failures = bench(args, sampler)
-        if args.json:
-            Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        if args.out and failures:
-            clips, prompts, reasons = zip(*failures[:60])
-            notes = [(reason, "#c03030") for reason in reasons]
-            D.contact_sheet(clips, prompts, columns=10, notes=notes).save(args.out)
-        return 0
+    introduce(sampler)
     check_words(sampler.net.text, prompts)
-    clips = sampler(prompts, [args.seed + k for k in range(len(prompts))])
-    write(clips, prompts, path, folder, sampler.fps)
-    print(f"wrote {path}: {len(clips)} {'clips' if args.frames > 1 else 'pictures'} in "
+    seeds = [args.seed + k for k in range(len(prompts))]
+    if inside:
+        inside(sampler, prompts, seeds).save(path)
+    else:
+        write(sampler(prompts, seeds), prompts, path, folder, sampler.fps)
+    print(f"wrote {path}: {len(prompts)} {'clips' if args.frames > 1 else 'pictures'} in "
           f"{time.monotonic() - started:.1f} s")
     return 0
 
@@ -279,7 +626,9 @@ def main(argv=None):
     """Command line -> exit code: 0, or 2 for what the user can mend."""
     args = parser().parse_args(argv)
     try:
-        return run(args)
+        if args.bench:
+            return bench(args)
+        return (compare if args.compare else draw)(only_one(args))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

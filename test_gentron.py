@@ -1267,11 +1267,12 @@ def test_short_clips_hold_their_last_frame_and_stills_are_no_clips(tmp_path):
     gif(tmp_path / "still.gif", [plain(2)], [250])
     put(tmp_path / "picture.png", plain(3))
     folder = D.Folder(tmp_path, (16, 16), 5, 4)
-    assert len(folder) == 1 and which(folder[0][0]) == [0, 1, 1, 1, 1]
-    why = "a still picture; give it by --image-data"
-    assert folder.skipped == [("picture.png", why), ("still.gif", why)]
+    assert len(folder) == 2 and which(folder[0][0]) == [0, 1, 1, 1, 1]
+    assert which(folder[1][0]) == [2] * 5        # a GIF may be a clip in which nothing moves
+    assert folder.skipped == [("picture.png", "a still picture; give it by --image-data")]
     assert len(D.Folder(tmp_path, (16, 16))) == 3                # as pictures all are fine
-    (tmp_path / "short.gif").unlink()
+    for name in ("short.gif", "still.gif"):
+        (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="no usable clip.*--image-data"):
         D.Folder(tmp_path, (16, 16), 5, 4)
 
@@ -1838,6 +1839,175 @@ def test_bench_is_the_same_whatever_the_batch_and_the_categories(tmp_path):
     assert (tmp_path / "bad.png").exists()
 
 
+def video_run(home):
+    """A t2v run of one step on a tiny t2i run, on the tiny autoencoder -> its ema.pt."""
+    vae = save_tiny_vae(home / "vae.pt")
+    image = run_train(home, "--vae", vae, "--steps", "1")
+    flags = ["--stage", "t2v", "--init", str(image / "ema.pt"), "--out", str(home / "clips"),
+             "--frames", "3", "--batch-size", "4", "--steps", "1", "--workers", "0"]
+    assert train.main(flags) == 0
+    return str(home / "clips" / "ema.pt")
+
+
+@pytest.fixture(scope="module")
+def tiny_video(tmp_path_factory):
+    return video_run(tmp_path_factory.mktemp("video"))
+
+
+def test_the_bench_gives_a_perfect_sampler_all_and_a_blank_one_nothing(tmp_path, tiny_video,
+                                                                       monkeypatch):
+    """The truth, drawn in place of the model, against an empty page: pictures, then clips."""
+    monkeypatch.chdir(tmp_path)
+    perfect = lambda self, prompts, seeds, what: np.stack(
+        [D.truth(prompt, seed, (64, 64), self.args.frames) for prompt, seed in zip(prompts, seeds)])
+    blank = lambda self, prompts, seeds, what: np.full(
+        (len(prompts), self.args.frames, 64, 64, 3), 246, np.uint8)
+    right, wrong = {}, {}
+    for frames in ("1", "4"):
+        for draw, scores in ((perfect, right), (blank, wrong)):
+            monkeypatch.setattr(sample.Sampler, "__call__", draw)
+            assert sample.main(["--bench", "--n", "10", "--ckpt", tiny_video, "--size", "64",
+                                "--frames", frames]) == 0
+            record = json.loads(Path("bench.json").read_text())
+            scores |= {k: entry["score"] for k, entry in record["categories"].items()}
+    assert right.keys() == {*D.CATEGORIES, "numeracy", *D.CLIP_CATEGORIES}
+    assert np.mean(list(right.values())) >= 0.99 and not any(wrong.values()), (right, wrong)
+
+
+def test_bench_sweeps_flags_a_row_each(tmp_path, tiny_video, monkeypatch, capsys):
+    """Several values by commas; each row is the run that the same single flags give."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--bench", "--n", "2", "--steps", "1", "--frames", "3", "--category", "motion"]
+    def records(*more):
+        assert sample.main([*flags, *more]) == 0
+        return json.loads(Path("bench.json").read_text()), capsys.readouterr().out
+    many, table = records("--ckpt", f"{tiny_video},{tiny_video}", "--motion", "off,1,1.3")
+    assert [r["motion"] for r in many] == [None, 1, 1.3] * 2
+    assert [line.split()[0] for line in table.splitlines() if " motion " in line[6:22]] \
+        == ["off", "1", "1.3"] * 2
+    one, _ = records("--ckpt", tiny_video, "--motion", "1.3")
+    assert one == many[2]
+    assert one["categories"]["motion"]["flicker"] > 0
+
+
+def test_motion_off_is_no_motion_anywhere(tiny_video):
+    """--motion off reaches the network as motion-free in every branch, text guidance kept."""
+    args = sample.only_one(sample.parser().parse_args(
+        ["x", "--frames", "3", "--steps", "1", "--motion", "off"]))
+    sampler, heard = sample.Sampler(args, tiny_video), []
+    sampler.net.model.blocks[0].temporal.register_forward_pre_hook(
+        lambda module, inputs, more: heard.append(more["motion"]), with_kwargs=True)
+    sampler(["a red circle moving left"], [0])
+    assert len(heard) == 1 and not heard[0].any()
+
+
+def answers(a, b):
+    """Makes --compare's two sides draw the truth where True is said, else an empty page."""
+    truth = {"A": iter(a), "B": iter(b)}
+    def draw(self, prompts, seeds):
+        return np.stack([D.truth(p, s) if next(truth[self.path]) else
+                         np.full((1, 64, 64, 3), 246, np.uint8) for p, s in zip(prompts, seeds)])
+    return draw
+
+
+def test_compare_counts_wins_draws_and_losses(tmp_path, tiny_run, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ckpt, load = str(tiny_run / "run" / "ema.pt"), G.load_checkpoint
+    monkeypatch.setattr(G, "load_checkpoint", lambda path: load(ckpt))
+    Path("prompts.txt").write_text("\n".join(D.prompts("color", 6)))
+    a, b = [True, True, True, False, False, True], [True, False, False, True, False, True]
+    rows = []
+    for one, two in ((a, b), (b, a), (a, a)):
+        monkeypatch.setattr(sample.Sampler, "__call__", answers(one, two))
+        assert sample.main(["--compare", "A", "B", "--prompts", "prompts.txt"]) == 0
+        rows.append(json.loads(Path("study.json").read_text())["rows"]["all"])
+    assert rows[0] == {"n": 6, "win": 2, "draw": 3, "lose": 1}       # by hand
+    assert rows[1] == {"n": 6, "win": 1, "draw": 3, "lose": 2}       # mirrored
+    assert rows[2] == {"n": 6, "win": 0, "draw": 6, "lose": 0}       # with itself: all draws
+
+
+def test_compare_reads_folders_of_any_system(tmp_path, monkeypatch, capsys):
+    """Pictures named alike; captions in either folder; what has no namesake is left out."""
+    monkeypatch.chdir(tmp_path)
+    prompts = D.prompts("pair", 3)
+    for name, wrong in (("ours", ()), ("theirs", (1,))):
+        Path(name).mkdir()
+        for k, prompt in enumerate(prompts):
+            clip = D.truth(prompts[0] if k in wrong else prompt, k)
+            Image.fromarray(clip[0]).save(f"{name}/{k}.png")
+            if name == "ours":
+                Path(f"{name}/{k}.txt").write_text(prompt)
+    Image.new("RGB", (64, 64)).save("theirs/alone.png")
+    assert sample.main(["--compare", "ours", "theirs"]) == 0
+    assert "1 pictures without a namesake" in capsys.readouterr().out
+    record = json.loads(Path("study.json").read_text())
+    assert record["rows"]["all"] == {"n": 3, "win": 1, "draw": 2, "lose": 0}
+    study = json.loads(re.search(r"STUDY = (.*?);\n", Path("study.html").read_text())[1])
+    assert [pair["prompt"] for pair in study["pairs"]] == prompts
+    assert study["names"] == {"a": "ours", "b": "theirs"} and len(study["id"]) == 8
+    assert all(pair[side].startswith("data:image/png;base64,")
+               for pair in study["pairs"] for side in "ab")
+
+
+def test_attention_is_what_the_model_uses_and_sums_to_one(tiny_run):
+    args = sample.only_one(sample.parser().parse_args(["x", "--steps", "4"]))
+    sampler = sample.Sampler(args, str(tiny_run / "run" / "ema.pt"))
+    randomised(sampler.net, std=0.3)
+    prompt, cross = "a red circle left of a star", sampler.net.model.blocks[0].cross
+    picture, words, maps = sample.attention_maps(sampler, prompt, 0)
+    assert words == ["(start)", *prompt.split()] and maps.shape[:2] == (4, len(words))
+    assert largest(maps.sum(1), torch.ones_like(maps.sum(1))) < 1e-5
+    assert maps.std(1).mean() > 1e-3                                # not all words alike
+    assert (picture == sampler([prompt], [0])[0]).all()             # listening changes nothing
+    # the weights are those behind the answer: weights x values, heads apart, is Attention's output
+    x, y = noise(1, 5, cross.q.in_features), noise(1, 7, cross.kv.in_features)
+    k, v = cross.keys_values(y)
+    mask = torch.tensor([[True] * 4 + [False] * 3])
+    one = [sample.attend(cross_of_one_head(cross, h), x, k[:, h:h + 1], mask)
+           for h in range(cross.heads)]
+    ours = cross.out(torch.cat([w @ v[:, h] for h, w in enumerate(one)], -1))
+    assert largest(ours, cross(x, (k, v), mask)) < 1e-5
+    assert largest(sample.attend(cross, x, k, mask), sum(one) / len(one)) < 1e-6
+
+
+def cross_of_one_head(cross, h):
+    """Only head h's queries of an Attention, as sample.attend asks for them."""
+    q = lambda x: cross.split(cross.q(x))[:, h]
+    return SimpleNamespace(q=q, split=lambda y: y[:, None])
+
+
+@pytest.mark.parametrize("flag,rows,columns", [("--strip", 4, 3), ("--attention", 3 + 4, 4)])
+def test_strip_and_attention_draw_their_sheets(tmp_path, tiny_run, monkeypatch, flag, rows,
+                                               columns):
+    """Two prompts of two and three words: two rows a prompt, or one row a word (and the start)."""
+    monkeypatch.chdir(tmp_path)
+    sheets, sheet = [], D.contact_sheet
+    monkeypatch.setattr(D, "contact_sheet", lambda clips, labels, n, **more:
+                        sheets.append((len(clips), n, labels)) or sheet(clips, labels, n, **more))
+    assert sample.main(["red circle", "a blue star", flag, "--steps", "3",
+                        "--ckpt", str(tiny_run / "run" / "ema.pt")]) == 0
+    cells, n, labels = sheets[0]
+    assert (cells, n) == (rows * columns, columns) and Path("out.png").stat().st_size > 1000
+    assert "blue" in " ".join(labels)
+
+
+def test_clips_are_written_as_gif_strip_and_video(tmp_path, tiny_video, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.chdir(tmp_path)
+    for name in ("out.gif", "out.png", "out.mp4"):
+        assert sample.main(["a red circle moving left", "--frames", "3", "--steps", "1", "--ckpt",
+                            tiny_video, "--out", name, "--fps", "8"]) == 0
+    with Image.open("out.png") as image:
+        assert image.width > 3 * 128                                # three frames in a row
+    with Image.open("out.gif") as image:
+        frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(image)]
+        assert [f.info["duration"] for f in ImageSequence.Iterator(image)] == [120, 130, 130]
+    Path("out.txt").write_text("a clip")
+    Path("out.png").unlink(), Path("out.gif").unlink()
+    back = D.Folder(".", frames[0].shape[:2], 3, 8)[0][0]           # the mp4, read by our reader
+    assert back.shape[0] == 3 and abs(back.astype(int) - np.stack(frames)).mean() < 12
+
+
 def test_wilson_interval_by_hand():
     low, high = sample.wilson(50, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)
@@ -1936,6 +2106,13 @@ BAD_SAMPLE = [
     (["a red circle", "--raw"], "raw"), (["--bench", "--category", "taste"], "taste"),
     (["--bench", "--json", "/proc/x/a.json"], "/proc/x"),
     (["a red circle", "--per-prompt", "0"], "per-prompt"),
+    (["a red circle", "--cfg", "1,2"], "only --bench"), (["--bench", "a red circle"], "its own"),
+    (["a red circle", "--motion", "on"], "motion"), (["--bench", "--cfg", "1,x"], "cfg"),
+    (["a red circle", "--strip", "--out", "out.gif"], "in one PNG"),
+    (["a red circle", "--attention", "--cfg", "0"], "--cfg 0"),
+    (["--bench", "--compare", "a", "b"], "not allowed with"),
+    (["--compare", "a"], "2 arguments"), (["--compare", ".", "vae.pt"], "one folder and one file"),
+    (["--compare", ".", "."], "no usable picture"), (["--compare", "x.pt", "vae.pt"], "x.pt"),
 ]
 
 

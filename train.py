@@ -52,9 +52,11 @@ QUICK = dict(lr=2e-3, batch_size=64, schedule="cosine", objective="v", ema=0.998
              size=(64, 64))
 PAPER = dict(lr=1e-4, batch_size=256, schedule="linear", objective="eps", ema=0.9999, steps=500_000,
              size=(256, 256))
-VAE = dict(QUICK, batch_size=16, steps=6_000)
+# By stage: what differs from the above. OURS: a clip is eight pictures, so fewer clips a batch.
+STAGE = dict(vae=dict(batch_size=16, steps=6_000), t2i={},
+             t2v=dict(batch_size=16, lr=1e-3, steps=4_500))
 WARMUP = 100            # OURS: steps over which the rate rises to --lr; then constant (the paper's)
-DRAWN = dict(vae=1_000_000, t2i=16_384, t2v=4_096)     # items of the shapes world a stage draws
+DRAWN = dict(vae=1_000_000, t2i=16_384, t2v=8_192)     # items of the shapes world a stage draws
 PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no run trains on
 
 
@@ -89,14 +91,15 @@ def parser():
     g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), default=4.0,
                    help="t2v: frames a second (4)")
     g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
-    g.add_argument("--p-motion-free", type=share, default=0.25,
-                   help="t2v: share of items that are stills, temporal attention off (0.25)")
+    g.add_argument("--p-motion-free", type=share, default=0.1,
+                   help="t2v: share of items that are stills, temporal attention off (0.1)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=whole, help="steps in all")
     g.add_argument("--minutes", type=D.number(float, 0, above=True), help="then stop and save")
-    g.add_argument("--batch-size", type=whole, help="over all processes (nano: 64, else 256)")
+    g.add_argument("--batch-size", type=whole,
+                   help="over all processes (nano: 64, clips 16; else 256)")
     g.add_argument("--grad-accum", type=whole, default=1, help="micro-batches a step (1)")
-    g.add_argument("--lr", type=share, help="AdamW's learning rate (nano: 2e-3, else 1e-4)")
+    g.add_argument("--lr", type=share, help="AdamW's (nano: 2e-3, clips 1e-3; else 1e-4)")
     g.add_argument("--ema", type=share, help="decay of the averaged weights (nano: 0.998)")
     g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g = p.add_argument_group("the run")
@@ -154,7 +157,9 @@ def prepare(args):
     if args.stage == "t2v" and out and last is None:
         args.init = args.init or G.find_checkpoint(("t2i",))
     init = G.load_checkpoint(args.init) if args.init and last is None else None
-    defaults = VAE if args.stage == "vae" else QUICK if args.preset in (None, "nano") else PAPER
+    preset = args.preset or (last or init or {}).get("args", {}).get("preset")
+    quick = args.stage == "vae" or preset in (None, "nano")
+    defaults = {**QUICK, **STAGE[args.stage]} if quick else PAPER
     if "size" in (last or init or {}):
         defaults = {**defaults, "size": tuple((last or init)["size"])}
     for name, value in defaults.items():
