@@ -406,16 +406,15 @@ def drawn_pairs(args):
         asked = bench_prompts(args)
     labels = [name for name, (prompts, _) in asked.items() for _ in prompts]
     prompts, seeds = (list(itertools.chain(*part)) for part in zip(*asked.values()))
-    clips = []
-    for path in args.compare:
-        sampler = Sampler(args, path)
+    both = [Sampler(args, path) for path in args.compare]   # refused, if at all, before any work
+    for sampler in both:
         introduce(sampler)
         check_words(sampler.net.text, prompts)
-        clips.append(sampler(prompts, seeds))
-    if clips[0].shape != clips[1].shape:
-        raise ValueError(f"the two draw at different sizes, {clips[0].shape[2:4]} and "
-                         f"{clips[1].shape[2:4]}; give one by --size")
-    return *clips, prompts, labels, sampler.fps
+    if both[0].size != both[1].size:
+        raise ValueError(f"the two draw at different sizes, {both[0].size} and {both[1].size}; "
+                         f"give one by --size")
+    clips = [sampler(prompts, seeds, sampler.path) for sampler in both]
+    return *clips, prompts, labels, both[0].fps
 
 
 def folder_pairs(args):

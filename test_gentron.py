@@ -2141,7 +2141,7 @@ def test_motion_off_is_no_motion_anywhere(tiny_video):
 def answers(a, b):
     """Makes --compare's two sides draw the truth where True is said, else an empty page."""
     truth = {"A": iter(a), "B": iter(b)}
-    def draw(self, prompts, seeds):
+    def draw(self, prompts, seeds, what):
         return np.stack([D.truth(p, s) if next(truth[self.path]) else
                          np.full((1, 64, 64, 3), 246, np.uint8) for p, s in zip(prompts, seeds)])
     return draw
