@@ -13,6 +13,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here needs a network
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
 
+import contextlib
 import csv
 import json
 import math
@@ -1691,6 +1692,70 @@ def test_one_batch_can_be_overfitted():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] > 0.5 and losses[-1] < 0.02
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+# -----------------------------------------------------------------------------
+
+def together(jobs, cwd, processes=2):
+    """Runs train.main(flags) for each of the jobs in turn, on gloo processes of the CPU."""
+    import socket
+    with contextlib.ExitStack() as stack:                   # free ports, all different
+        sockets = [stack.enter_context(socket.socket()) for _ in jobs]
+        for s in sockets:
+            s.bind(("localhost", 0))
+        ports = [str(s.getsockname()[1]) for s in sockets]
+    code = ("import json, os, sys, train\n"
+            "for flags, port in zip(*json.loads(sys.argv[1])):\n"
+            "    os.environ['MASTER_PORT'] = port\n"
+            "    assert train.main(flags) == 0, flags\n")
+    running = [subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps([jobs, ports])], cwd=cwd, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "PYTHONPATH": str(HERE),
+             "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}) for rank in range(processes)]
+    try:
+        outs = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), "\n".join(outs)[-3000:]
+    return outs
+
+
+def logged(run, *names):
+    """Columns of a run's log.csv, (steps, names) numbers."""
+    return np.array([[float(row[name]) for name in names]
+                     for row in csv.DictReader(open(run / "log.csv"))])
+
+
+def test_two_processes_are_one(tmp_path):
+    """20 steps with a gradient that is clipped, on 1 process, on 2 with copies, on 2 with shards,
+    each saved at step 10 and gone on with: the same losses, norms, weights, averages."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    # eps of Adam's start forgives nothing here: a rate this high makes small errors visible
+    flags = [*SMALL, "--vae", vae, "--save-every", "10", "--lr", "0.01", "--grad-accum", "2"]
+    job = lambda name, steps, *more: [*flags, *more, "--steps", str(steps),
+                                      "--out", str(tmp_path / name)]
+    together([job("copies", 20), job("shards", 10, "--fsdp"), job("shards", 20, "--fsdp"),
+              job("mixed", 10, "--fsdp")], tmp_path)
+    assert train.main(job("one", 20)) == 0
+    assert train.main(job("mixed", 20)) == 0                # saved on 2, gone on with on 1
+    one = G.load_checkpoint(tmp_path / "one" / "last.pt")
+    loss = logged(tmp_path / "one", "loss", "grad_norm")
+    assert len(loss) == 20 and loss[:, 1].max() > 1         # clipping had something to do
+    for name in ("copies", "shards", "mixed"):
+        other = logged(tmp_path / name, "loss", "grad_norm")
+        assert np.abs(other / loss - 1).max() < 1e-5, (name, np.abs(other / loss - 1).max(0))
+        last = G.load_checkpoint(tmp_path / name / "last.pt")
+        for part in ("weights", "ema"):                     # plain tensors by plain names
+            assert one[part].keys() == last[part].keys()
+            for key, x in one[part].items():
+                assert type(last[part][key]) is torch.Tensor
+                assert largest(x, last[part][key]) < 1e-4, (name, part, key)
+        assert sample.main(["a red circle", "--ckpt", str(tmp_path / name / "ema.pt"), "--steps",
+                            "2", "--out", str(tmp_path / "out.png")]) == 0
 
 
 # -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
     python train.py --stage t2v                       # text to video, from the newest t2i run
     python train.py --stage vae                       # how assets/vae.pt was made
     torchrun --nproc_per_node=8 train.py --preset XL/2 --data my_pictures
+    torchrun --nproc_per_node=8 train.py --preset G/2 --fsdp --checkpoint-activations --compile
 
 To resume, run the same command again. A run folder holds last.pt (the whole run), ema.pt (the file
 to share: half-precision EMA weights, autoencoder, vocabulary), log.csv, loss.png and samples/.
@@ -36,6 +37,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
+import torch.distributed.tensor as sharded
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,13 +115,16 @@ def parser():
     g.add_argument("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
     g.add_argument("--checkpoint-activations", action="store_true",
                    help="compute blocks again in the backward pass: slower, far less memory")
+    g.add_argument("--fsdp", action="store_true",
+                   help="under torchrun: each process keeps its share of the weights, gradients, "
+                        "moments and averages; slower than copies, and far less memory")
     g.add_argument("--benchmark", action="store_true", help="time training steps, train nothing")
     return p
 
 
 # Flags that change how a run is carried out, not what comes out of it: free to differ on resume
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "sample_every",
-            "workers", "device", "checkpoint_activations", "benchmark"}
+            "workers", "device", "checkpoint_activations", "fsdp", "benchmark"}
 
 
 def prepare(args):
@@ -129,8 +135,15 @@ def prepare(args):
     if args.device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.device = G.pick_device(args.device)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)                  # where NCCL and FSDP look
     if args.world_size > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    elif args.fsdp:
+        raise ValueError("--fsdp shares the model among processes, and there is one; "
+                         "try torchrun --nproc_per_node=2 train.py ...")
+    if args.fsdp and args.stage == "vae":
+        raise ValueError("--fsdp cuts up the Transformer, which --stage vae has not; leave it out")
     args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
     args.world = args.world or ("full" if args.stage == "vae" else "basic")
     if args.stage == "t2v":
@@ -149,6 +162,8 @@ def prepare(args):
             out.rename(aside)
             print(f"moved the old run to {aside}")
         D.writable(out / "last.pt")
+        if args.world_size > 1:
+            dist.barrier()                                  # nobody looks before it has moved
     # Where the run starts: its own last step, or another run's checkpoint, or nothing
     last = G.load_checkpoint(out / "last.pt") if out and (out / "last.pt").exists() else None
     if args.stage == "t2v" and out and last is None:
@@ -470,15 +485,16 @@ def save(out, state, net, ema, optimizer, step, args, dataset, vae):
         vae, weights, averaged = ema, net.state_dict(), ema.state_dict()
     else:
         weights, averaged = net.weights(), ema.weights()
+    weights, averaged, moments = whole(weights), whole(averaged), whole(optimizer.state_dict())
     if not args.main:
-        return
+        return                                              # had to take part: shards are gathered
     state = {**state, "stage": args.stage, "step": step, "size": list(args.size),
              "frames": args.frames or 1, "fps": args.fps, "args": flags_of(args),
              "made": provenance(args)}
     if isinstance(vae, G.VAE):
         state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
     G.save_checkpoint(out / "last.pt", {**state, "weights": weights, "ema": averaged,
-                                        "optimizer": optimizer.state_dict()})
+                                        "optimizer": moments})
     half = lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     if isinstance(vae, G.VAE):
         state["vae"] = {**state["vae"], "weights": half(state["vae"]["weights"])}
@@ -552,6 +568,8 @@ def preview_samples(path, net, vae, dataset, prompts, args):
     process draws (a sharded model needs them all), the first one writes."""
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
                        args.size, args.frames or 1, device=args.device)
+    for piece in pieces(net):                               # --fsdp: a forward leaves its weights
+        piece.reshard()                                     # whole, but the shares are what trains
     notes, verdict = None, ""
     if isinstance(dataset, D.Shapes):                       # the judge reads what was drawn
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
@@ -616,13 +634,134 @@ def backward(net, inputs, args):
         part = slice(k * micro, (k + 1) * micro)
         on_device = [x[part].to(args.device) if isinstance(x, torch.Tensor) else x[part]
                      for x in inputs]
-        hold_back = k < args.grad_accum - 1 and args.world_size > 1
-        with net.no_sync() if hold_back else contextlib.nullcontext():
+        with averaging(net, k == args.grad_accum - 1):
             with autocast(args):
                 loss = net(*on_device)                                             # (micro,)
             (loss.sum() / own).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
+
+
+def update(trained, averaged, optimizer, step, args):
+    """Clips the gradients, one step of AdamW, one of the EMA. trained, averaged: the weights and
+    their averages, in one order. Returns the gradients' norm before clipping, a number; if it is
+    not finite, nothing was changed."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP)
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)).item()   # over all processes' shares
+    if math.isfinite(norm):
+        optimizer.step()
+        # EMA with a warm-up: or a short run's average would still be near its random start
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---- several processes. Without --fsdp each holds a copy of everything and computes the gradients
+# of its slice of the batch; DistributedDataParallel averages them. With --fsdp each holds 1 / n of
+# every tensor (a DTensor), and a block's weights are put together only while the block runs.
+
+def shard(net, args):
+    """Cuts a Net up in place, block by block: the whole never has to fit on one device. Frozen
+    encoders stay whole on each: they have no gradients, moments or averages to save."""
+    # A block's weights travel, and are used, in bf16 where autocast would have rounded them anyway
+    half = torch.bfloat16 if args.precision == "bf16" else None
+    policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(args.device.type, (args.world_size,))
+    for block in net.model.blocks:
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+        fsdp.register_fsdp_forward_method(block, "keys_values")
+    fsdp.fully_shard(net.model, mesh=mesh)                          # what is not in a block
+    fsdp.register_fsdp_forward_method(net.model, "read")            # sampling calls it by itself
+    if net.text.trained:
+        frozen = [p for m in net.text.encoders if isinstance(m, G.FrozenEncoder)
+                  for p in m.parameters()]
+        fsdp.fully_shard(net.text, mesh=mesh, ignored_params=set(frozen))
+
+
+def pieces(net):
+    """The parts of a net that are cut up separately; none unless `shard` was there."""
+    return [m for m in net.children() if isinstance(m, fsdp.FSDPModule)]
+
+
+@contextlib.contextmanager
+def averaging(net, on):
+    """Inside, a backward pass ends with the gradients' average over processes, or (on=False, all
+    micro-batches but the last) only adds to this process's own."""
+    if isinstance(net, torch.nn.parallel.DistributedDataParallel) and not on:
+        with net.no_sync():
+            yield
+    else:
+        for piece in pieces(net):
+            piece.set_requires_gradient_sync(on)
+        yield
+
+
+def whole(x):
+    """A DTensor, or a tree with some in it, -> the same with whole tensors. Every process has to
+    take part."""
+    if isinstance(x, sharded.DTensor):
+        x = x.full_tensor()
+        # A checkpoint's tensors wait on the CPU of the process that writes it, one by one
+        return x if x.ndim == 0 else x.cpu() if dist.get_rank() == 0 else None
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    return x
+
+
+def cut_like(x, p):
+    """The inverse: a whole tensor -> this process's share of it, if p is cut up."""
+    if not isinstance(p, sharded.DTensor) or x.shape != p.shape:    # (AdamW's step count is not)
+        return x
+    # Each process read the same file: it takes its share, and nothing is sent
+    return sharded.distribute_tensor(x.to(p.device), p.device_mesh, p.placements,
+                                     src_data_rank=None)
+
+
+# ---- setting up
+
+def start(args, dataset, last, init):
+    """-> (net, ema, vae, state, optimizer, first step): fresh, from --init, or as `last`, this
+    run's last checkpoint, left them. On the device, cut up if --fsdp. Raises ValueError."""
+    if last is None:
+        net, vae, state = build(args, dataset, init)
+    else:
+        net = G.build_vae(last).requires_grad_(True) if args.stage == "vae" else \
+            G.build_net(last, "weights")
+        vae = net if args.stage == "vae" else G.build_vae(last).to(args.device)
+        state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
+    # The frozen encoders are shared. Whole tensors, whatever comes: a checkpoint does not know how
+    # many processes wrote it, nor how many read it
+    frozen = {id(m): m for m in net.modules() if isinstance(m, G.FrozenEncoder)}
+    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)
+    if last:
+        net.load_state_dict({**net.state_dict(), **last["weights"]})    # (also the vae's buffers)
+        ema.load_state_dict({**ema.state_dict(), **last["ema"]})
+    for module in (net.train(), ema):
+        if args.fsdp:
+            shard(module, args)                             # it moves what it cuts, piece by piece
+        module.to(args.device)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
+                                  betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    if last:
+        saved, trained = last["optimizer"], optimizer.param_groups[0]["params"]
+        moments = {k: {name: cut_like(x, trained[k]) for name, x in saved["state"][k].items()}
+                   for k in saved["state"]}
+        optimizer.load_state_dict({**saved, "state": moments})
+    return net, ema, vae, state, optimizer, last["step"] if last else 0
+
+
+def feed(args, net, ema, vae, dataset, pictures, prompts, first):
+    """-> the batches of step first, first + 1, ... and preview(path), of the stage at hand."""
+    if args.stage == "vae":
+        return (vae_batches(args, dataset, net, first),
+                lambda path: preview_vae(path, ema, dataset, args))
+    high, wide = (side // vae.down for side in args.size)
+    shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
+    stills = Latents(pictures, vae, args) if pictures is not None else None
+    return (joint_batches(args, Latents(dataset, vae, args), stills, net.schedule, shape, first),
+            lambda path: preview_samples(path, ema, vae, dataset, prompts, args))
 
 
 def train(args):
@@ -632,68 +771,35 @@ def train(args):
     if last:
         check_same_flags(args, last["args"])
     dataset, pictures, prompts = open_data(args)
-    if last is None:
-        net, vae, state = build(args, dataset, init)
-    elif args.stage == "vae":
-        net = vae = G.build_vae(last).requires_grad_(True)
-    else:
-        net, vae = G.build_net(last, "weights"), G.build_vae(last).to(args.device)
+    net, ema, vae, state, optimizer, first = start(args, dataset, last, init)
     if last:
-        state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
-    net.train().to(args.device)
-    frozen = {id(m): m for m in net.modules() if isinstance(m, G.FrozenEncoder)}
-    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
-    trained = [p for p in net.parameters() if p.requires_grad]
-    averaged = [q for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
-    first = 0
-    if last:
-        net.load_state_dict({**net.state_dict(), **last["weights"]})
-        ema.load_state_dict({**ema.state_dict(), **last["ema"]})
-        optimizer.load_state_dict(last["optimizer"])
-        first = last["step"]
         print_main(args, f"resume: {out}/last.pt, step {first} of {args.steps}")
     if first >= args.steps:
         print_main(args, f"done: {out} has its {first} steps. To go on: --steps {2 * first}; "
                          f"to start afresh: --no-resume")
         return 0
     del last, init                                          # as large as the model: let go
+    trained = optimizer.param_groups[0]["params"]
+    averaged = [q for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
     print_main(args, f"{args.stage}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters, "
                      f"{args.steps} steps of {args.batch_size}, {args.device}, {args.precision}")
-    if args.stage == "vae":
-        batches = vae_batches(args, dataset, net, first)
-        preview = lambda path: preview_vae(path, ema, dataset, args)
-    else:
+    batches, preview = feed(args, net, ema, vae, dataset, pictures, prompts, first)
+    if args.stage != "vae":
         net.model.checkpoint_activations = args.checkpoint_activations
-        high, wide = (side // vae.down for side in args.size)
-        shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
-        stills = Latents(pictures, vae, args) if pictures is not None else None
-        batches = joint_batches(args, Latents(dataset, vae, args), stills, net.schedule, shape,
-                                first)
-        preview = lambda path: preview_samples(path, ema, vae, dataset, prompts, args)
     (out / "samples").mkdir(exist_ok=True)
     log = Log(out / "log.csv", first, args.main)
-    parallel = torch.nn.parallel.DistributedDataParallel(net) if args.world_size > 1 else net
+    copies = args.world_size > 1 and not args.fsdp
+    parallel = torch.nn.parallel.DistributedDataParallel(net) if copies else net
     skipped = in_a_row = 0
     bar = tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True)
 
     for step, inputs in zip(range(first, args.steps), batches):
         # ---- the training step
         tick = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP)
         losses = backward(parallel, inputs, args)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-        if math.isfinite(norm):
-            optimizer.step()
-            # EMA with a warm-up: or a short run's average would still be near its random start
-            decay = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
-            in_a_row = 0
-        else:                                               # a bad step is skipped and counted
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(trained, averaged, optimizer, step, args)
+        bad = not math.isfinite(norm)                       # was skipped: counted here
+        skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
         # ---- from here on we only watch, and save
         done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
         t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device), args)
