@@ -1724,38 +1724,130 @@ def together(jobs, cwd, processes=2):
     return outs
 
 
-def logged(run, *names):
-    """Columns of a run's log.csv, (steps, names) numbers."""
-    return np.array([[float(row[name]) for name in names]
+def logged(run):
+    """Loss and gradient norm of a run's steps, (steps, 2) numbers."""
+    return np.array([[float(row["loss"]), float(row["grad_norm"])]
                      for row in csv.DictReader(open(run / "log.csv"))])
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    """20 steps with a gradient that is clipped, on 1 process, on 2 with copies, on 2 with shards,
-    each saved at step 10 and gone on with: the same losses, norms, weights, averages."""
+    """20 clipped steps on 1 process, on 2 with copies, on 2 with shards, and moved from 1 to 2 and
+    from 2 to 1 after step 10: the same losses, norms, weights, averages and previews."""
     vae = save_tiny_vae(tmp_path / "vae.pt")
-    # eps of Adam's start forgives nothing here: a rate this high makes small errors visible
-    flags = [*SMALL, "--vae", vae, "--save-every", "10", "--lr", "0.01", "--grad-accum", "2"]
+    flags = [*SMALL, "--vae", vae, "--save-every", "10", "--lr", "0.01", "--grad-accum", "2",
+             "--sample-every", "10"]
     job = lambda name, steps, *more: [*flags, *more, "--steps", str(steps),
                                       "--out", str(tmp_path / name)]
-    together([job("copies", 20), job("shards", 10, "--fsdp"), job("shards", 20, "--fsdp"),
-              job("mixed", 10, "--fsdp")], tmp_path)
-    assert train.main(job("one", 20)) == 0
-    assert train.main(job("mixed", 20)) == 0                # saved on 2, gone on with on 1
-    one = G.load_checkpoint(tmp_path / "one" / "last.pt")
-    loss = logged(tmp_path / "one", "loss", "grad_norm")
+    assert train.main(job("one", 20)) == train.main(job("1 to 2", 10)) == 0
+    together([job("copies", 20), job("shards", 20, "--fsdp", "--save-every", "20"),
+              job("1 to 2", 20, "--fsdp"), job("2 to 1", 10, "--fsdp")], tmp_path)
+    assert train.main(job("2 to 1", 20)) == 0
+    one, loss = G.load_checkpoint(tmp_path / "one" / "last.pt"), logged(tmp_path / "one")
     assert len(loss) == 20 and loss[:, 1].max() > 1         # clipping had something to do
-    for name in ("copies", "shards", "mixed"):
-        other = logged(tmp_path / name, "loss", "grad_norm")
-        assert np.abs(other / loss - 1).max() < 1e-5, (name, np.abs(other / loss - 1).max(0))
+    picture = lambda name: np.asarray(Image.open(tmp_path / name / "samples/000020.png"), int)
+    for name in ("copies", "shards", "1 to 2", "2 to 1"):
+        assert np.abs(logged(tmp_path / name) / loss - 1).max() < 1e-5, name
         last = G.load_checkpoint(tmp_path / name / "last.pt")
         for part in ("weights", "ema"):                     # plain tensors by plain names
             assert one[part].keys() == last[part].keys()
             for key, x in one[part].items():
                 assert type(last[part][key]) is torch.Tensor
                 assert largest(x, last[part][key]) < 1e-4, (name, part, key)
-        assert sample.main(["a red circle", "--ckpt", str(tmp_path / name / "ema.pt"), "--steps",
-                            "2", "--out", str(tmp_path / "out.png")]) == 0
+        assert abs(picture(name) - picture("one")).max() <= 2, name
+
+
+# -----------------------------------------------------------------------------
+# Sizes and speeds
+# -----------------------------------------------------------------------------
+
+def test_flops_are_those_of_the_products_by_hand():
+    D, N, L, K = 32, 6, train.WORDS, 24
+    cfg = G.GenTronConfig(depth=3, width=D, heads=4, text_dims=(K,))
+    per_token = 4 * D * D + 8 * D * D + 2 * D * D           # attention, MLP, cross q and out
+    block = N * per_token + 6 * D * D + 2 * L * K * D + 2 * N * (N + L) * D
+    ends = 2 * N * 16 * D + 2 * D * D + 256 * D + D * D + K * D
+    assert train.count_flops(cfg, (5, 1, 4, 4, 6)) == 5 * 2 * (3 * block + ends)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_is_that_of_an_allocated_model(again, bf16):
+    """Weights exactly; what the forward pass saves, to a few per cent, though it is a straight line
+    through smaller models."""
+    cfg = G.GenTronConfig(depth=6, width=64, heads=2, text_dims=(24, 40), temporal=True)
+    model = G.GenTron(cfg).train()
+    model.checkpoint_activations = again
+    assert train.count_weights(cfg) == sum(p.numel() for p in model.parameters())
+    kept, inside = {}, []
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+    text = some_text((24, 40), B=3, L=train.WORDS)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(noise(3, 2, 4, 8, 8), torch.tensor([9.0, 500.0, 900.0]), text)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    real = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
+    assert train.count_saved(cfg, (3, 2, 4, 8, 8), bf16, again) == pytest.approx(real, rel=0.02)
+    fixed, an_item = train.count_activations(cfg, (1, 2, 4, 8, 8), bf16, again)
+    inside = train.count_saved(cfg, (3, 2, 4, 8, 8), bf16, False) / 6 if again else 0
+    assert fixed + 3 * an_item == pytest.approx(real + inside, rel=0.03)
+
+
+def test_dry_run_of_the_largest_allocates_nothing(tmp_path):
+    code = ("import resource, sys, train\ncode = train.main(['--preset', 'G/2', '--dry-run'])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 'GB')\nsys.exit(code)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(HERE)})
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and float(lines[-1].split()[0]) < 3 and not os.listdir(tmp_path)
+    assert "3065.0 M parameters, 3597.0 M with temporal" in lines[1]
+    rows = [line.split("  ") for line in lines if line.startswith(("no flag", "--"))]
+    rows = {row[0]: [float(cell) for cell in row[1:] if cell.strip()] for row in rows}
+    assert rows["no flag"][:4] == [12.26, 12.26, 24.52, 12.26] and len(rows) == 8
+    for flags, row in rows.items():
+        assert row[5] == pytest.approx(sum(row[:5]), abs=0.03)
+        if flags != "no flag":
+            assert row[5] < rows["no flag"][5]
+
+
+def test_benchmark_tells_speeds_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--benchmark", "--stage", "t2v", "--steps", "2", "--batch-size", "2"]
+    assert train.main(flags) == 0                           # 1, 4, 8, 16, 32 frames
+    out = capsys.readouterr().out
+    number = r"([\d.e+-]+)"
+    rows = re.findall(rf"(\d+) frames, +(\d+) tokens, {number} M: {number} s a step, {number} "
+                      rf"\w+/s, {number} TFLOP/s \((\d+)%\), peak {number} GB", out)
+    assert [int(row[0]) for row in rows] == [1, 4, 8, 16, 32]
+    for frames, tokens, _, seconds, rate, flops, share, gb in rows:
+        assert int(tokens) == 16 * int(frames) and 0.1 < float(gb) < 20
+        assert float(rate) * float(seconds) == pytest.approx(2, rel=0.2) and int(share) < 130
+        cfg = G.GenTronConfig(depth=2, width=32, heads=2, text_dims=(128,), temporal=True)
+        work = 3 * train.count_flops(cfg, (2, int(frames), 4, 8, 8))        # forward and backward
+        assert float(flops) * float(seconds) == pytest.approx(work / 1e12, rel=0.2)
+    assert re.search(rf"guided sampling step, 8 frames: {number} ms .* {number} times as fast", out)
+    assert train.main([*flags, "--frames", "1"]) == 0 and "  1 frames" in capsys.readouterr().out
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["gpu", "cpu", "python", "else"])
+def test_out_of_memory_is_one_line_that_names_flags(tmp_path, monkeypatch, capsys, what):
+    def forward(*_):
+        if what == "cpu":
+            torch.empty(10 ** 15)                           # the real thing
+        raise {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+               "python": MemoryError()}.get(what, RuntimeError("something else"))
+    monkeypatch.setattr(G.Net, "forward", forward)
+    flags = [*SMALL, "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--steps", "2", "--grad-accum",
+             "2", "--out", str(tmp_path / "run")]
+    if what == "else":
+        with pytest.raises(RuntimeError, match="something else"):
+            train.main(flags)
+    else:
+        refused(train, flags, "--grad-accum 4, --checkpoint-activations", capsys)
 
 
 # -----------------------------------------------------------------------------

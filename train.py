@@ -24,9 +24,12 @@ import collections
 import contextlib
 import copy
 import csv
+import dataclasses
 import itertools
+import json
 import math
 import multiprocessing
+import resource
 import signal
 import subprocess
 import sys
@@ -40,6 +43,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 import torch.distributed.tensor as sharded
 from PIL import Image, ImageDraw, ImageFont
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -88,7 +92,7 @@ def parser():
     g.add_argument("--image-data", help="t2v: pictures for joint training, shapes or a folder")
     g.add_argument("--world", choices=("basic", "full"), help="of the shapes (t2i, t2v: basic)")
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (nano: 64, else 256)")
-    g.add_argument("--frames", type=D.number(int, 2, 1024), help="t2v: frames a clip (8)")
+    g.add_argument("--frames", type=D.number(int, 1, 1024), help="t2v: frames a clip (8)")
     g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), default=4.0,
                    help="t2v: frames a second (4)")
     g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
@@ -118,13 +122,20 @@ def parser():
     g.add_argument("--fsdp", action="store_true",
                    help="under torchrun: each process keeps its share of the weights, gradients, "
                         "moments and averages; slower than copies, and far less memory")
-    g.add_argument("--benchmark", action="store_true", help="time training steps, train nothing")
+    g.add_argument("--compile", action="store_true",
+                   help="torch.compile the blocks: a minute to start, then faster on a GPU")
+    g.add_argument("--dry-run", action="store_true",
+                   help="print parameters, GFLOPs and memory for these flags; allocates nothing")
+    g.add_argument("--benchmark", action="store_true",
+                   help="time training steps on random data (t2v: for 1, 4, 8, 16, 32 frames), "
+                        "train nothing")
     return p
 
 
 # Flags that change how a run is carried out, not what comes out of it: free to differ on resume
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "sample_every",
-            "workers", "device", "checkpoint_activations", "fsdp", "benchmark"}
+            "workers", "device", "checkpoint_activations", "fsdp", "compile", "dry_run",
+            "benchmark"}
 
 
 def prepare(args):
@@ -146,12 +157,14 @@ def prepare(args):
         raise ValueError("--fsdp cuts up the Transformer, which --stage vae has not; leave it out")
     args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
     args.world = args.world or ("full" if args.stage == "vae" else "basic")
-    if args.stage == "t2v":
-        args.frames = args.frames or 8
-    elif args.frames:
+    if args.stage != "t2v" and args.frames:
         raise ValueError(f"--frames is for --stage t2v, not {args.stage}")
-    if args.benchmark:
-        args.steps = args.steps or 10
+    if args.stage == "t2v" and not args.benchmark:          # (that may ask for 1, or for all)
+        args.frames = args.frames or 8
+        if args.frames == 1:
+            raise ValueError("--frames 1 is a picture, no clip; for pictures: --stage t2i")
+    if args.benchmark or args.dry_run:
+        args.steps = args.steps or 10                       # (nothing is written, nothing read)
         out = None
     else:
         args.out = args.out or str(Path("runs") / args.stage)
@@ -722,26 +735,36 @@ def cut_like(x, p):
 # ---- setting up
 
 def start(args, dataset, last, init):
-    """-> (net, ema, vae, state, optimizer, first step): fresh, from --init, or as `last`, this
-    run's last checkpoint, left them. On the device, cut up if --fsdp. Raises ValueError."""
+    """-> (net, vae, state) as `build` has them, or as `last`, this run's last checkpoint, left
+    them."""
     if last is None:
-        net, vae, state = build(args, dataset, init)
+        return build(args, dataset, init)
+    state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
+    if args.stage == "vae":
+        net = vae = G.build_vae(last).requires_grad_(True)
+        net.load_state_dict(last["weights"])                # (last["vae"] holds the averages)
     else:
-        net = G.build_vae(last).requires_grad_(True) if args.stage == "vae" else \
-            G.build_net(last, "weights")
-        vae = net if args.stage == "vae" else G.build_vae(last).to(args.device)
-        state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
-    # The frozen encoders are shared. Whole tensors, whatever comes: a checkpoint does not know how
-    # many processes wrote it, nor how many read it
+        net, vae = G.build_net(last, "weights"), G.build_vae(last).to(args.device)
+    return net, vae, state
+
+
+def equip(net, args, last=None):
+    """-> (ema, optimizer, parallel): a net's averages, its AdamW, and what to call in its place; on
+    the device, cut up if --fsdp. last: a checkpoint to take averages and moments from."""
     frozen = {id(m): m for m in net.modules() if isinstance(m, G.FrozenEncoder)}
-    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)
-    if last:
-        net.load_state_dict({**net.state_dict(), **last["weights"]})    # (also the vae's buffers)
+    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
+    if last:                # while tensors are whole: a checkpoint knows nothing of processes
         ema.load_state_dict({**ema.state_dict(), **last["ema"]})
     for module in (net.train(), ema):
         if args.fsdp:
-            shard(module, args)                             # it moves what it cuts, piece by piece
+            shard(module, args)                             # it moves what it cuts, block by block
         module.to(args.device)
+    if args.stage != "vae":
+        net.model.checkpoint_activations = args.checkpoint_activations
+        for block in net.model.blocks if args.compile else ():
+            # Block by block: all are compiled once, as one, in seconds and not in minutes; and in
+            # place, so names in checkpoints stay as they are
+            block.compile()
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
                                   betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if last:
@@ -749,7 +772,14 @@ def start(args, dataset, last, init):
         moments = {k: {name: cut_like(x, trained[k]) for name, x in saved["state"][k].items()}
                    for k in saved["state"]}
         optimizer.load_state_dict({**saved, "state": moments})
-    return net, ema, vae, state, optimizer, last["step"] if last else 0
+    copies = args.world_size > 1 and not args.fsdp
+    return ema, optimizer, torch.nn.parallel.DistributedDataParallel(net) if copies else net
+
+
+def pairs(net, ema):
+    """The trained weights, and their averages in the same order."""
+    both = [(p, q) for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
+    return [p for p, _ in both], [q for _, q in both]
 
 
 def feed(args, net, ema, vae, dataset, pictures, prompts, first):
@@ -771,7 +801,9 @@ def train(args):
     if last:
         check_same_flags(args, last["args"])
     dataset, pictures, prompts = open_data(args)
-    net, ema, vae, state, optimizer, first = start(args, dataset, last, init)
+    net, vae, state = start(args, dataset, last, init)
+    ema, optimizer, parallel = equip(net, args, last)
+    first = last["step"] if last else 0
     if last:
         print_main(args, f"resume: {out}/last.pt, step {first} of {args.steps}")
     if first >= args.steps:
@@ -779,48 +811,42 @@ def train(args):
                          f"to start afresh: --no-resume")
         return 0
     del last, init                                          # as large as the model: let go
-    trained = optimizer.param_groups[0]["params"]
-    averaged = [q for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
+    trained, averaged = pairs(net, ema)
     print_main(args, f"{args.stage}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters, "
                      f"{args.steps} steps of {args.batch_size}, {args.device}, {args.precision}")
     batches, preview = feed(args, net, ema, vae, dataset, pictures, prompts, first)
-    if args.stage != "vae":
-        net.model.checkpoint_activations = args.checkpoint_activations
     (out / "samples").mkdir(exist_ok=True)
     log = Log(out / "log.csv", first, args.main)
-    copies = args.world_size > 1 and not args.fsdp
-    parallel = torch.nn.parallel.DistributedDataParallel(net) if copies else net
     skipped = in_a_row = 0
-    bar = tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True)
-
-    for step, inputs in zip(range(first, args.steps), batches):
-        # ---- the training step
-        tick = time.monotonic()
-        losses = backward(parallel, inputs, args)
-        norm = update(trained, averaged, optimizer, step, args)
-        bad = not math.isfinite(norm)                       # was skipped: counted here
-        skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
-        # ---- from here on we only watch, and save
-        done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
-        t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device), args)
-        log.write(done, gather(losses, args), t, norm, skipped, speed)
-        bar.update()
-        bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
-        if in_a_row == 10:
-            raise ValueError(f"no finite gradient in 10 steps, at step {done}; {out}/last.pt holds "
-                             f"the last good one; try a lower --lr, or --precision fp32")
-        why = stop.why(args)
-        if (done % args.save_every == 0 or done == args.steps or why) and not in_a_row:
-            save(out, state, net, ema, optimizer, done, args, dataset, vae)
-        if done % args.sample_every == 0 or done in (100, args.steps):
-            verdict = preview(out / "samples" / f"{done:06d}")
-            if args.main:
-                plot_log(out / "log.csv", out / "loss.png")
-                bar.write(f"step {done}: loss {log.recent():.4f}  {verdict}  "
-                          f"{out}/samples/{done:06d}")
-        if why:
-            break
-    bar.close()
+    # (closed also by an error, whose one line then stands alone)
+    with tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True) as bar:
+        for step, inputs in zip(range(first, args.steps), batches):
+            # ---- the training step
+            tick = time.monotonic()
+            losses = backward(parallel, inputs, args)
+            norm = update(trained, averaged, optimizer, step, args)
+            bad = not math.isfinite(norm)                       # was skipped: counted here
+            skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
+            # ---- from here on we only watch, and save
+            done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
+            t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device), args)
+            log.write(done, gather(losses, args), t, norm, skipped, speed)
+            bar.update()
+            bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
+            if in_a_row == 10:
+                raise ValueError(f"no finite gradient in 10 steps, at step {done}; {out}/last.pt "
+                                 f"holds the last good one; try a lower --lr, or --precision fp32")
+            why = stop.why(args)
+            if (done % args.save_every == 0 or done == args.steps or why) and not in_a_row:
+                save(out, state, net, ema, optimizer, done, args, dataset, vae)
+            if done % args.sample_every == 0 or done in (100, args.steps):
+                verdict = preview(out / "samples" / f"{done:06d}")
+                if args.main:
+                    plot_log(out / "log.csv", out / "loss.png")
+                    bar.write(f"step {done}: loss {log.recent():.4f}  {verdict}  "
+                              f"{out}/samples/{done:06d}")
+            if why:
+                break
     finish(out, done, why, prompts[0], args)
     return 0
 
@@ -838,75 +864,310 @@ def finish(out, step, why, prompt, args):
 
 
 # -----------------------------------------------------------------------------
-# 7. --benchmark: how fast is a training step?
+# 7. --dry-run: how large? --benchmark: how fast?
 # -----------------------------------------------------------------------------
 
-def benchmark(args):
-    """Times training steps (forward, backward, AdamW) on random latents and text. With
-    --conditioning adaln and diffusers installed, its DiT of the same sizes is timed too, in turn
-    with ours: machines drift, and only neighbours in time compare. Writes nothing."""
+WIDTHS = dict(small=128, labels=128, clip=768, t5=4096)     # channels, known without a download
+WORDS = 77                      # tokens a text, as many as CLIP reads, wherever a text is made up
+
+
+def imagine(args, temporal):
+    """The GenTronConfig that the flags describe, with nothing loaded. OURS: the paper's sizes read
+    the paper's encoders unless --text says otherwise. Raises ValueError."""
+    nano, dims = args.preset in (None, "nano"), []
+    spec = args.text or ("small" if nano else "clip+t5")
+    for name in spec.split("+") if spec != "none" else []:
+        config = Path(name) / "config.json"                 # a folder of the transformers library
+        if name not in WIDTHS and not config.is_file():
+            raise ValueError(f"the width of text encoder '{name}' is not known here; "
+                             f"try one of {', '.join(WIDTHS)}, or its folder")
+        known = WIDTHS if name in WIDTHS else json.loads(config.read_text())
+        dims.append(known.get(name) or known.get("d_model") or known["hidden_size"])
+    sizes = {k: getattr(args, k) or v for k, v in G.PRESETS[args.preset or "nano"].items()}
+    return G.GenTronConfig(**sizes, text_dims=dims, conditioning=args.conditioning or "cross",
+                           temporal=temporal)
+
+
+def random_text(dims, B):
+    """A Text of B rows of WORDS random tokens, on the default device."""
+    mask = torch.ones(B, WORDS, dtype=torch.bool)
+    return G.Text(tuple(torch.randn(B, WORDS, d) for d in dims), (mask,) * len(dims),
+                  torch.randn(B, sum(dims)))
+
+
+def count_flops(cfg, shape):
+    """Floating-point operations of one forward pass, shape (B, F, C, H, W); a training step takes
+    three times as many. Counted on the meta device, where tensors have shapes and no contents."""
+    # (On the CPU torch's counter overlooks its fused attention; on meta that is two products.)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        text = random_text(cfg.text_dims, shape[0])
+        G.GenTron(cfg)(torch.empty(shape), torch.empty(shape[0]), text)
+    return counter.get_total_flops()
+
+
+def count_weights(cfg):
+    """How many numbers a Transformer trains: all of its weights."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in G.GenTron(cfg).parameters())
+
+
+def count_saved(cfg, shape, bf16=False, again=False):
+    """Bytes that one forward pass keeps for the backward pass, shape (B, F, C, H, W): each tensor
+    that autograd saves, once, but for the weights. again: with --checkpoint-activations."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x                # views of one storage count once
+        return x
+    # Fake tensors have no contents either, but take the way through torch that real ones would
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model = G.GenTron(cfg).train()
+        model.checkpoint_activations = again
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            text = random_text(cfg.text_dims, shape[0])
+            model(torch.empty(shape), torch.empty(shape[0]), text)
+        return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
+
+
+def count_activations(cfg, shape, bf16=False, again=False):
+    """`count_saved` of any depth and batch, at the cost of a few blocks and two items, and with
+    what checkpointing computes again -> (bytes whatever the batch, bytes an item)."""
+    few = max(1, len(cfg.text_dims))                        # each encoder is read once
+    at = lambda B, depth, again: count_saved(dataclasses.replace(cfg, depth=depth),
+                                             (B, *shape[1:]), bf16, again)
+
+    def of(B, again):                                       # a straight line in depth
+        small, large = at(B, few, again), at(B, 2 * few, again)
+        return small + (cfg.depth / few - 1) * (large - small)
+    one, two = of(1, again), of(2, again)
+    if again:               # the blocks' inputs are kept, and one block's inside at a time
+        one, two = one + of(1, False) / cfg.depth, two + of(2, False) / cfg.depth
+    return 2 * one - two, two - one                         # a straight line in items
+
+
+def dry_run(args):
+    """Prints what the flags' model would take, and allocates none of it."""
     prepare(args)
-    preset = args.preset or "nano"
-    sizes = {k: getattr(args, k) or v for k, v in G.PRESETS[preset].items()}
-    dims = (128,) if preset == "nano" else (768, 4096)
-    B, frames, p = args.batch_size, args.frames or 1, sizes["patch_size"]
-    h, w = args.size[0] // 8, args.size[1] // 8
-    with torch.device(args.device):
-        model = G.GenTron(G.GenTronConfig(**sizes, text_dims=dims, temporal=args.stage == "t2v",
-                                          conditioning=args.conditioning or "cross"))
-        z, t = torch.randn(B, frames, 4, h, w), torch.randint(1000, (B,))
-        text = G.Text(tuple(torch.randn(B, 77, d) for d in dims),
-                      (torch.ones(B, 77, dtype=torch.bool),) * len(dims), torch.randn(B, sum(dims)))
-    contenders = {"gentron": (model, lambda: model(z, t, text))}
-    if args.conditioning == "adaln" and frames == 1 and h == w:
-        try:
-            from diffusers import DiTTransformer2DModel
-            heads = sizes["heads"]
-            dit = DiTTransformer2DModel(
-                num_attention_heads=heads, attention_head_dim=sizes["width"] // heads, patch_size=p,
-                in_channels=4, out_channels=4, num_layers=sizes["depth"], sample_size=h)
-            dit.to(args.device)
-            labels = torch.randint(1000, (B,), device=args.device)
-            contenders["diffusers"] = (dit, lambda: dit(z[:, 0], t, labels).sample)
-        except ImportError:
-            print("diffusers is not installed: timed alone")
-    times = {name: [] for name in contenders}
-    optimizers = {name: torch.optim.AdamW(c[0].parameters()) for name, c in contenders.items()}
-    with FlopCounterMode(display=False) as counter:
-        model(z, t, text)
-    for turn in tqdm(range(2 + args.steps), desc="benchmark"):
-        for name, (net, forward) in contenders.items():
-            net.train()
-            started = time.perf_counter()
-            with autocast(args):
-                loss = forward().float().square().mean()
-            loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad(set_to_none=True)
-            if args.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:                                       # two turns to warm up
-                times[name].append(time.perf_counter() - started)
-    flops = 3 * counter.get_total_flops()                       # backward costs twice the forward
-    for name, (net, _) in contenders.items():
-        median = float(np.median(times[name]))
-        work = f", {flops / median / 1e12:.2f} TFLOP/s" if net is model else ""
-        print(f"{name:>10}: {sum(q.numel() for q in net.parameters()) / 1e6:.1f} M parameters, "
-              f"{frames * h * w // p ** 2} tokens, batch {B}, {args.precision}: {median:.3f} s a "
-              f"step, {B / median:.1f} items/s{work}")
-    if len(times) > 1:
-        ratio = np.array(times["diffusers"]) / np.array(times["gentron"])
-        print(f"gentron is {np.median(ratio):.2f} times as fast (median of {len(ratio)} turns)")
+    frames, (high, wide) = args.frames or 1, args.size
+    cfg = imagine(args, temporal=args.stage == "t2v")
+    # Latents are 8 times smaller than pictures and have 4 channels, ours and Stable Diffusion's
+    shape = (1, frames, cfg.in_channels, high // 8, wide // 8)
+    tokens = frames * shape[3] * shape[4] // cfg.patch_size ** 2
+    still, moving = (count_weights(dataclasses.replace(cfg, temporal=t)) for t in (False, True))
+    flops = count_flops(cfg, shape)
+    print(f"{args.preset or 'nano'}: {cfg.depth} blocks of {cfg.width} channels, {high}x{wide}, "
+          f"{tokens} tokens, text of {' + '.join(map(str, cfg.text_dims)) or 'no'} channels")
+    print(f"{still / 1e6:.1f} M parameters, {moving / 1e6:.1f} M with temporal layers")
+    print(f"{flops / 1e9:.1f} GFLOPs {'an image' if frames == 1 else 'a clip'}, "
+          f"{3 * flops / 1e9:.1f} to train on it")
+    print(f"memory of a process in GB, batch {args.batch_size}, {args.precision}; estimated from "
+          f"shapes, without workspace and the frozen encoders")
+    columns = ("weights", "gradients", "AdamW", "EMA", "activations", "all")
+    print(f"{'':<54}" + "".join(f"{column:>12}" for column in columns))
+    weights = 4 * (moving if cfg.temporal else still)       # all fp32, AdamW has two moments each
+    for again in (False, True):
+        fixed, an_item = count_activations(cfg, shape, args.precision == "bf16", again)
+        for accum, processes in itertools.product((1, 16), (1, max(8, args.world_size))):
+            items = args.batch_size / accum / max(processes, args.world_size)
+            if items < 1:
+                continue                                    # there is less than one item to a turn
+            part = weights / processes
+            # Two blocks are whole at a time, the one at work and the next one on its way; and
+            # `fixed` is the weights in bf16, which are then let go with the block
+            travelling = 2 * weights / cfg.depth if processes > 1 else 0
+            saved = items * an_item + (fixed if processes == 1 else 0)
+            row = [part + travelling, part, 2 * part, part, saved]
+            flags = [f"--fsdp on {processes}"] * (processes > 1)
+            flags += [f"--grad-accum {accum}"] * (accum > 1) + ["--checkpoint-activations"] * again
+            print(f"{' '.join(flags) or 'no flag':<54}"
+                  + "".join(f"{cell / 1e9:12.2f}" for cell in (*row, sum(row))))
     return 0
+
+
+class RandomText(torch.nn.Module):
+    """Stands in for the text encoders where only the time matters: B captions -> a random Text."""
+    trained = False
+
+    def __init__(self, dims, device):
+        super().__init__()
+        self.dims, self.device = dims, device
+
+    def forward(self, captions):
+        """List of B strings, whatever they say -> a Text of B rows."""
+        with torch.device(self.device):
+            return random_text(self.dims, len(captions))
+
+
+def matmul_rate(args):
+    """Products of large matrices that the device manages, in FLOP/s: the measure of what a model,
+    mostly products, could reach at best."""
+    cuda, half = args.device.type == "cuda", args.precision == "bf16"
+    n, times = 8192 if cuda else 1024, []
+    a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if half else torch.float32)
+    for _ in range(10):
+        started = clock(args)
+        a @ a
+        times.append(clock(args) - started)
+    return 2 * n ** 3 / float(np.median(times))
+
+
+def clock(args):
+    """Seconds, once the device has done all that it was asked to."""
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(args):
+    """The most bytes in use so far: of the GPU's memory, or of this process's."""
+    if args.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024          # Linux counts in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def benchmark(args):
+    """Times training steps on random latents and text, one line a setting. With --conditioning
+    adaln and diffusers installed, its DiT of the same sizes is timed too, in turn with ours:
+    machines drift, and only neighbours in time compare. Writes nothing."""
+    prepare(args)
+    best = matmul_rate(args)
+    flags = [f"--{name.replace('_', '-')}" for name in ("fsdp", "compile", "checkpoint_activations")
+             if getattr(args, name)]
+    print_main(args, f"{args.preset or 'nano'}, {args.size[0]}x{args.size[1]}, batch "
+                     f"{args.batch_size} on {args.world_size} x {args.device}, "
+                     f"{' '.join([args.precision, *flags])}: products of matrices at "
+                     f"{best / 1e12:.3g} TFLOP/s")
+    # In rising order: of a process's memory only the highest peak is known
+    counts = [args.frames or 1] if args.frames or args.stage != "t2v" else [1, 4, 8, 16, 32]
+    for frames in counts:
+        time_training(args, frames, best * args.world_size)
+    if args.stage == "t2v":
+        time_guidance(args, args.frames or 8)
+    return 0
+
+
+def time_training(args, frames, best):
+    """One line for clips of so many frames: median time, rates, memory. best: FLOP/s to compare
+    with."""
+    cfg = imagine(args, temporal=args.stage == "t2v")
+    shape = (args.batch_size, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8)
+    with torch.device("cpu" if args.fsdp else args.device):
+        net = G.Net(G.GenTron(cfg), RandomText(cfg.text_dims, args.device),
+                    G.NoiseSchedule(args.schedule, args.objective))
+    ema, optimizer, parallel = equip(net, args)
+    inputs = (torch.randn(shape)[args.own], [""] * args.batch_size,
+              G.randomness(args.seed, 0, shape, net.schedule)[args.own])
+
+    def ours(step):
+        backward(parallel, inputs, args)
+        update(*pairs(net, ema), optimizer, step, args)
+    contenders = {"gentron": ours}
+    if args.conditioning == "adaln" and frames == 1 and shape[3] == shape[4]:
+        theirs = diffusers_step(args, cfg, inputs[0])
+        contenders |= {"diffusers": theirs} if theirs else {}
+    times = {name: [] for name in contenders}
+    for step in tqdm(range(3 + args.steps), desc="benchmark", leave=False, disable=not args.main):
+        for name, run in contenders.items():
+            started = clock(args)
+            run(step)
+            times[name].append(clock(args) - started)
+    median = {name: float(np.median(t[3:])) for name, t in times.items()}       # 3 to warm up
+    rate = 3 * count_flops(cfg, (1, *shape[1:])) * args.batch_size / median["gentron"]
+    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M"
+    unit = "clips" if frames > 1 else "images"
+    print_main(args, f"{frames:3} frames, {frames * shape[3] * shape[4] // cfg.patch_size ** 2:5} "
+                     f"tokens, {size}: {median['gentron']:.3f} s a step, "
+                     f"{args.batch_size / median['gentron']:.1f} {unit}/s, "
+                     f"{rate / 1e12:.3g} TFLOP/s ({rate / best:.0%}), "
+                     f"peak {peak_memory(args) / 1e9:.2f} GB")
+    if len(times) > 1:
+        ratio = np.array(times["diffusers"][3:]) / np.array(times["gentron"][3:])
+        print_main(args, f"diffusers' DiT: {median['diffusers']:.3f} s a step; gentron is "
+                         f"{np.median(ratio):.2f} times as fast (median of {len(ratio)} turns)")
+
+
+def diffusers_step(args, cfg, z):
+    """A function that takes one training step with diffusers' DiT of cfg's sizes on z, or None."""
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError:
+        print("diffusers is not installed: timed alone")
+        return None
+    dit = DiTTransformer2DModel(
+        num_attention_heads=cfg.heads, attention_head_dim=cfg.width // cfg.heads,
+        patch_size=cfg.patch_size, in_channels=cfg.in_channels, out_channels=cfg.in_channels,
+        num_layers=cfg.depth, sample_size=z.shape[-1]).to(args.device)
+    z = z[:, 0].to(args.device)                                            # (B, C, H, W)
+    t, labels = (torch.randint(1000, (len(z),), device=args.device) for _ in range(2))
+    ema, optimizer = copy.deepcopy(dit), torch.optim.AdamW(dit.parameters(), fused=True)
+
+    def step(number):
+        with autocast(args):
+            loss = dit(z, t, labels).sample.float().square().mean()
+        loss.backward()
+        update(*pairs(dit, ema.requires_grad_(False)), optimizer, number, args)
+    return step
+
+
+@torch.no_grad()
+def time_guidance(args, frames):
+    """One line: a sampling step guided by text and motion, of one clip, as `guided` does it (three
+    branches in a batch, the text read once) and as three forwards that each read the text."""
+    cfg = imagine(args, temporal=True)
+    with torch.device(args.device):
+        model = G.GenTron(cfg).eval()
+        z, t = torch.randn(1, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8), \
+            torch.full((1,), 500)
+        text, null = random_text(cfg.text_dims, 1), random_text(cfg.text_dims, 1)
+        off = torch.zeros(1, dtype=torch.bool)
+    predict = G.guided(model, text, null, cfg=4.0, motion_scale=1.2)
+    ways = {"batch": lambda: predict(z, t),
+            "three": lambda: (model(z, t, text), model(z, t, null), model(z, t, null, off))}
+    times = {name: [] for name in ways}
+    for _ in range(3 + 2 * args.steps):
+        for name, run in ways.items():                      # in turn: machines drift
+            started = clock(args)
+            with autocast(args):
+                run()
+            times[name].append(clock(args) - started)
+    batch, three = (float(np.median(times[name][3:])) for name in ways)
+    print_main(args, f"guided sampling step, {frames} frames: {1000 * batch:.1f} ms in one batch "
+                     f"with the text read once, {1000 * three:.1f} ms in three forwards: "
+                     f"{three / batch:.2f} times as fast")
+
+
+def out_of_memory(error):
+    """Does an exception say that there was not enough memory, on a GPU or on the CPU?"""
+    says = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in says for words in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def advice(args):
+    """What to do about too little memory: flags not yet in use, the cheapest first."""
+    flags = ["--precision bf16"] * ("cuda" in str(args.device) and args.precision == "fp32")
+    share = (args.batch_size or 2) // args.world_size
+    flags += [f"--grad-accum {2 * args.grad_accum}"] * (share % (2 * args.grad_accum) == 0)
+    flags += ["--checkpoint-activations"] * (not args.checkpoint_activations)
+    flags += ["--fsdp on several GPUs"] * (not args.fsdp) + ["a smaller --batch-size or --preset"]
+    return (f"out of memory, {args.stage} in batches of {args.batch_size} on {args.device}; "
+            f"try {', '.join(flags)}")
 
 
 def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
     args = parser().parse_args(argv)
     try:
-        return benchmark(args) if args.benchmark else train(args)
+        return (dry_run if args.dry_run else benchmark if args.benchmark else train)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {advice(args)}", file=sys.stderr)
         return 2
     finally:
         for worker in multiprocessing.active_children():    # they ignore SIGTERM: exit would wait
