@@ -1067,15 +1067,16 @@ def build_vae(state):
     return vae.requires_grad_(False).eval()
 
 
-def build_net(state, weights="ema"):
+def build_net(state, weights="ema", text=None):
     """The Net that a t2i or t2v checkpoint describes, in eval mode on the CPU. weights: "ema", or
-    "weights" for the raw ones. Raises ValueError if it has no such weights, or they do not fit."""
+    "weights" for the raw ones. text: a ready encoder, to build none. Raises ValueError if it has no
+    such weights, or they do not fit."""
     if "config" not in state:
         raise ValueError("the checkpoint holds an autoencoder only, no text-to-image model")
     if state.get(weights) is None:
         raise ValueError(f"the checkpoint holds no {'EMA' if weights == 'ema' else 'raw'} weights")
-    net = Net(GenTron(GenTronConfig(**state["config"])), TextEncoder(**state["text"]),
-              NoiseSchedule(**state["schedule"]))
+    text = TextEncoder(**state["text"]) if text is None else text
+    net = Net(GenTron(GenTronConfig(**state["config"])), text, NoiseSchedule(**state["schedule"]))
     net.load({k: v.float() for k, v in state[weights].items()}, "the checkpoint")
     return net.eval()
 

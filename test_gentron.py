@@ -20,6 +20,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -1698,15 +1699,16 @@ def test_one_batch_can_be_overfitted():
 # Several processes
 # -----------------------------------------------------------------------------
 
-def together(jobs, cwd, processes=2):
-    """Runs train.main(flags) for each of the jobs in turn, on gloo processes of the CPU."""
+def together(jobs, cwd, processes=2, before=""):
+    """Runs train.main(flags) for each of the jobs in turn, on gloo processes of the CPU; `before`
+    is Python to run first."""
     import socket
     with contextlib.ExitStack() as stack:                   # free ports, all different
         sockets = [stack.enter_context(socket.socket()) for _ in jobs]
         for s in sockets:
             s.bind(("localhost", 0))
         ports = [str(s.getsockname()[1]) for s in sockets]
-    code = ("import json, os, sys, train\n"
+    code = (f"import json, os, sys, train\n{before}\n"
             "for flags, port in zip(*json.loads(sys.argv[1])):\n"
             "    os.environ['MASTER_PORT'] = port\n"
             "    assert train.main(flags) == 0, flags\n")
@@ -1934,6 +1936,139 @@ def test_missing_pretrained_parts_are_one_clear_line(tmp_path, monkeypatch, caps
         with monkeypatch.context() as context:
             context.setitem(sys.modules, package, None)             # as if it were not installed
             refused(train, [*SMALL, *flags], "pip install -e '.[pretrained]'", capsys)
+
+
+# -----------------------------------------------------------------------------
+# The cache
+# -----------------------------------------------------------------------------
+
+@pytest.fixture
+def few(monkeypatch):
+    """150 pictures, 100 clips, shards of 64: three shards, the last one not full."""
+    monkeypatch.setattr(D, "SHARD", 64)
+    monkeypatch.setitem(train.DRAWN, "t2i", 150)
+    monkeypatch.setitem(train.DRAWN, "t2v", 100)
+
+
+def encode(tmp_path, *flags, out="cache", code=0):
+    assert train.main(["--stage", "encode", "--workers", "0", *flags,
+                       "--out", str(tmp_path / out)]) == code
+    return tmp_path / out
+
+
+def test_training_from_a_cache_is_training_from_the_pictures(tmp_path, few, monkeypatch):
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = ["--vae", vae, "--steps", "25", "--lr", "0.01"]             # 200 items: a second epoch
+    direct = run_train(tmp_path, *flags, out="direct")
+    cache = encode(tmp_path, "--vae", vae)
+    assert not list(cache.glob("*text*"))                   # a trained encoder: captions only
+    with monkeypatch.context() as context:
+        context.setattr(D.Shapes, "__getitem__", None)      # no picture is drawn
+        cached = run_train(tmp_path, *flags, "--data", str(cache), out="cached")
+    assert (logged(direct) == logged(cached)).all() and len(logged(direct)) == 25
+    weights = [G.load_checkpoint(run / "last.pt")["weights"] for run in (direct, cached)]
+    assert weights_equal(*weights)
+
+
+def test_joint_training_from_two_caches(tmp_path, few, monkeypatch):
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    parent = str(run_train(tmp_path, "--vae", vae, "--steps", "1", out="parent") / "ema.pt")
+    flags = ["--stage", "t2v", "--init", parent, "--steps", "4"]
+    direct = run_train(tmp_path, *flags, "--frames", "3", "--p-motion-free", "0.5", out="direct")
+    clips = encode(tmp_path, "--vae", parent, "--frames", "3", out="clips")
+    pictures = encode(tmp_path, "--vae", parent, out="pictures")
+    monkeypatch.setattr(D.Shapes, "__getitem__", None)
+    cached = run_train(tmp_path, *flags, "--p-motion-free", "0.5", "--data", str(clips),
+                       "--image-data", str(pictures), out="cached")     # (3 frames: the cache's)
+    assert (logged(direct) == logged(cached)).all()
+
+
+def test_cached_features_stand_in_for_frozen_encoders(pretrained, tmp_path, few, monkeypatch):
+    flags = ["--vae", str(pretrained / "vae"), "--size", "16"]
+    spec = f"{pretrained}/clip+{pretrained}/t5"
+    cache = encode(tmp_path, *flags, "--text", spec)
+    data = D.Cache(cache)
+    encoder, stored = G.TextEncoder(spec), train.StoredText([data], "cpu")
+    captions = [data.captions[140], "", data.captions[3]]   # of two shards, and the null text
+    theirs, ours = encoder(captions), stored(captions)
+    for k in range(2):
+        assert torch.equal(ours.mask[k], theirs.mask[k])
+        assert largest(ours.tokens[k], theirs.tokens[k]) < 2e-3 * theirs.tokens[k].abs().max()
+    assert largest(ours.pooled, theirs.pooled) < 2e-3 * theirs.pooled.abs().max()
+    rows = sum(np.load(path).shape[0] for path in cache.glob("*.text1.npy"))
+    texts = [text for k in range(3) for text in json.loads((cache / f"0000{k}.json").read_text())
+             ["texts"]]
+    assert rows == sum(encoder([text]).mask[1].sum().item() for text in texts)      # no padding
+    direct = run_train(tmp_path, *flags, "--text", spec, "--steps", "8", out="direct")
+    with monkeypatch.context() as context:
+        context.setattr(G.FrozenEncoder, "__init__", None)              # not even loaded
+        for steps in ("4", "8"):                                        # and goes on
+            cached = run_train(tmp_path, *flags, "--data", str(cache), "--steps", steps,
+                               out="cached")
+    assert np.abs(logged(cached) / logged(direct) - 1).max() < 2e-3
+    assert sample.main(["a red circle", "--ckpt", str(cached / "ema.pt"), "--steps", "2", "--out",
+                        str(tmp_path / "out.png")]) == 0                # with the encoders again
+
+
+def test_encode_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch, capsys):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt")]
+    whole, original, written = encode(tmp_path, *flags, out="whole"), D.save_shard, []
+
+    def stopped(folder, k, *more):
+        if k == 1:
+            (folder / "00001.latents.npy").write_bytes(b"half a file")
+            raise OSError("disk full")
+        original(folder, k, *more)
+    with monkeypatch.context() as context:
+        context.setattr(D, "save_shard", stopped)
+        parts = encode(tmp_path, *flags, out="parts", code=2)
+    capsys.readouterr()
+    refused(train, [*SMALL, *flags, "--data", str(parts), "--out", str(tmp_path / "run")],
+            "lacks 2 shards", capsys)
+    refused(train, ["--stage", "encode", *flags, "--size", "32", "--out", str(parts)],
+            "begun with another s", capsys)
+    monkeypatch.setattr(D, "save_shard", lambda f, k, *more: (written.append(k),
+                                                              original(f, k, *more)))
+    encode(tmp_path, *flags, out="parts")
+    assert written == [1, 2]                                # the first one was kept
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in parts.iterdir()) and len(names) == 7
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+def test_two_processes_encode_the_same_cache(tmp_path, few):
+    flags = ["--stage", "encode", "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--workers", "0"]
+    one = encode(tmp_path, *flags)
+    together([[*flags, "--out", str(tmp_path / "two")]], tmp_path,
+             before="train.D.SHARD = 64; train.DRAWN['t2i'] = 150")
+    for path in one.iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_a_cache_of_other_encoders_is_refused(pretrained, tmp_path, few, capsys):
+    vae, other = save_tiny_vae(tmp_path / "vae.pt"), str(tmp_path / "other.pt")
+    state = G.load_checkpoint(vae)
+    next(iter(state["vae"]["weights"].values())).view(-1)[0] += 1e-3    # one number, a little
+    G.save_checkpoint(other, {"stage": "vae", "vae": state["vae"]})
+    shutil.copytree(pretrained / "t5", tmp_path / "t5")
+    cache = encode(tmp_path, "--vae", vae, "--text", str(tmp_path / "t5"))
+    capsys.readouterr()
+    common = [*SMALL, "--data", str(cache), "--out", str(tmp_path / "run"), "--steps", "1"]
+    refused(train, [*common, "--vae", other], "another autoencoder", capsys)
+    refused(train, [*common, "--vae", vae, "--text", str(pretrained / "clip")],
+            "another text encoder", capsys)
+    refused(train, [*common, "--vae", vae, "--size", "32"], "another size", capsys)
+    refused(train, [*common, "--vae", vae, "--stage", "vae"], "wants pictures", capsys)
+    assert D.main(["--preview", str(tmp_path / "a.png"), "--data", str(cache)]) == 2
+    assert train.main([*common, "--vae", vae, "--text", "small"]) == 0  # reads the captions
+    capsys.readouterr()
+    weights = next((tmp_path / "t5").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")   # the same name, another model
+    refused(train, [*common, "--vae", vae, "--no-resume"], "another text encoder", capsys)
+    (cache / "00001.latents.npy").write_bytes(b"nonsense")
+    refused(train, [*common, "--vae", vae, "--text", "small", "--no-resume", "--batch-size", "128"],
+            "damaged", capsys)
 
 
 # -----------------------------------------------------------------------------

@@ -5,7 +5,8 @@ train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
     python train.py --data my_pictures --steps 20000  # your own pictures and captions
     python train.py --stage t2v                       # text to video, from the newest t2i run
     python train.py --stage vae                       # how assets/vae.pt was made
-    torchrun --nproc_per_node=8 train.py --preset XL/2 --data my_pictures
+    python train.py --stage encode --data my_pictures --size 256 --text clip+t5 --out my_cache
+    torchrun --nproc_per_node=8 train.py --preset XL/2 --data my_cache
     torchrun --nproc_per_node=8 train.py --preset G/2 --fsdp --checkpoint-activations --compile
 
 To resume, run the same command again. A run folder holds last.pt (the whole run), ema.pt (the file
@@ -25,6 +26,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -74,8 +76,8 @@ def parser():
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     whole, share = D.number(int, 1), D.number(float, 0, 1)
     g = p.add_argument_group("what to train")
-    g.add_argument("--stage", choices=("vae", "t2i", "t2v"), default="t2i",
-                   help="autoencoder, pictures (default), clips")
+    g.add_argument("--stage", choices=("vae", "encode", "t2i", "t2v"), default="t2i",
+                   help="autoencoder, a cache of latents, pictures (default), clips")
     g.add_argument("--preset", choices=G.PRESETS, help="size of the Transformer (nano)")
     g.add_argument("--depth", type=whole, help="blocks, instead of the preset's")
     g.add_argument("--width", type=whole, help="channels of a token, instead of the preset's")
@@ -88,7 +90,8 @@ def parser():
     g.add_argument("--objective", choices=("eps", "v"), help="(nano: v, else eps)")
     g.add_argument("--schedule", choices=("linear", "cosine"), help="(nano: cosine, else linear)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="shapes", help="shapes, or a folder of pictures or clips")
+    g.add_argument("--data", default="shapes",
+                   help="shapes, or a folder of pictures or clips, or a cache (of --stage encode)")
     g.add_argument("--image-data", help="t2v: pictures for joint training, shapes or a folder")
     g.add_argument("--world", choices=("basic", "full"), help="of the shapes (t2i, t2v: basic)")
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (nano: 64, else 256)")
@@ -153,14 +156,17 @@ def prepare(args):
     elif args.fsdp:
         raise ValueError("--fsdp shares the model among processes, and there is one; "
                          "try torchrun --nproc_per_node=2 train.py ...")
-    if args.fsdp and args.stage == "vae":
-        raise ValueError("--fsdp cuts up the Transformer, which --stage vae has not; leave it out")
+    for flag in ("fsdp", "compile", "dry_run", "benchmark"):
+        if getattr(args, flag) and args.stage in ("vae", "encode"):
+            raise ValueError(f"--{flag.replace('_', '-')} is about the Transformer, which --stage "
+                             f"{args.stage} has not; leave it out")
     args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
     args.world = args.world or ("full" if args.stage == "vae" else "basic")
-    if args.stage != "t2v" and args.frames:
+    if args.stage not in ("t2v", "encode") and args.frames:
         raise ValueError(f"--frames is for --stage t2v, not {args.stage}")
+    cache = D.cache_index(args.data) or {}                  # its latents have the size they have
     if args.stage == "t2v" and not args.benchmark:          # (that may ask for 1, or for all)
-        args.frames = args.frames or 8
+        args.frames = args.frames or cache.get("frames") or 8
         if args.frames == 1:
             raise ValueError("--frames 1 is a picture, no clip; for pictures: --stage t2i")
     if args.benchmark or args.dry_run:
@@ -183,13 +189,15 @@ def prepare(args):
         args.init = args.init or G.find_checkpoint(("t2i",))
     init = G.load_checkpoint(args.init) if args.init and last is None else None
     defaults = VAE if args.stage == "vae" else QUICK if args.preset in (None, "nano") else PAPER
-    if "size" in (last or init or {}):
-        defaults = {**defaults, "size": tuple((last or init)["size"])}
+    for known in (last or init or {}, cache):
+        if "size" in known:
+            defaults = {**defaults, "size": tuple(known["size"])}
+    args.fps = cache.get("fps", args.fps)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     share = args.world_size * args.grad_accum
-    if args.batch_size % share:
+    if args.batch_size % share and args.stage != "encode":
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {args.world_size} "
                          f"processes x --grad-accum {args.grad_accum}")
     own = args.batch_size // args.world_size                # this process's slice of every batch
@@ -201,7 +209,7 @@ def prepare(args):
 # 2. Building what is trained
 # -----------------------------------------------------------------------------
 
-def build(args, dataset, init):
+def build(args, dataset, pictures, init):
     """Flags, and --init's checkpoint if there is one -> (net, vae, state): what trains, the
     autoencoder, and the part of the checkpoint that never changes. Raises ValueError."""
     torch.manual_seed(args.seed)
@@ -215,12 +223,15 @@ def build(args, dataset, init):
             raise ValueError(f"{args.init} is a video model, which --stage t2i cannot train; "
                              f"try --stage t2v")
         state = {key: copy.deepcopy(init[key]) for key in ("config", "text", "schedule", "vae")}
+        encoder = text_encoder(state["text"], dataset, pictures, args)
     else:
         spec = args.text or "small"
-        if args.text is None and isinstance(dataset, D.Folder) and not any(dataset.captions):
+        if args.text is None and isinstance(dataset, D.Cache) and dataset.encoders:
+            spec = dataset.encoders["spec"]                 # whose features are stored
+        elif args.text is None and not isinstance(dataset, D.Shapes) and not any(dataset.captions):
             spec = "none"                                   # pictures without captions
         vocabulary = vocabulary_of(dataset, spec)
-        encoder = G.TextEncoder(spec, vocabulary)
+        encoder = text_encoder({"spec": spec, "vocabulary": vocabulary}, dataset, pictures, args)
         state = {"config": {**G.PRESETS[args.preset or "nano"], "text_dims": list(encoder.dims),
                             "conditioning": "cross"},
                  "text": {"spec": spec, "vocabulary": vocabulary, "dim": encoder.dim},
@@ -235,7 +246,7 @@ def build(args, dataset, init):
     if any(side % multiple for side in args.size):
         raise ValueError(f"--size {args.size[0]}x{args.size[1]} is not divisible by {multiple} "
                          f"(autoencoder {vae.down} x patch {config['patch_size']})")
-    net = G.Net(G.GenTron(G.GenTronConfig(**config)), G.TextEncoder(**state["text"]),
+    net = G.Net(G.GenTron(G.GenTronConfig(**config)), encoder,
                 G.NoiseSchedule(**state["schedule"]))
     if init:                # everything is loaded; only layers that the other lacks start fresh
         weights = {k: v.float() for k, v in init["ema"].items()}
@@ -244,6 +255,27 @@ def build(args, dataset, init):
         print_main(args, f"init: {len(weights)} tensors from {args.init}, {len(new)} are new"
                          f"{' (temporal attention)' if new else ''}")
     return net, vae, state
+
+
+def text_encoder(part, dataset, pictures, args):
+    """The "text" part of a checkpoint -> its encoder. A frozen one is not even loaded if all the
+    data's features lie in caches: `StoredText` stands in for it. Raises ValueError if the features
+    are another encoder's."""
+    caches = [d for d in (dataset, pictures) if isinstance(d, D.Cache) and d.encoders]
+    if is_frozen(part["spec"]):
+        for cache in caches:
+            if cache.encoders["fingerprint"] != text_fingerprint(part["spec"]):
+                raise ValueError(f"cache of another text encoder, {cache.root} was made with "
+                                 f"--text {cache.encoders['spec']}, this run reads {part['spec']} "
+                                 f"(or its files have changed); encode again, or change --text")
+        if len(caches) == (1 if pictures is None else 2):
+            return StoredText(caches, args.device)
+    return G.TextEncoder(**part)
+
+
+def is_frozen(spec):
+    """Are all encoders of a --text pretrained ones, which never change?"""
+    return spec != "none" and not {"small", "labels"} & set(spec.split("+"))
 
 
 def find_vae(name):
@@ -265,6 +297,8 @@ def vocabulary_of(dataset, spec):
         return []
     if isinstance(dataset, D.Shapes):
         return D.vocabulary()
+    if isinstance(dataset, D.Cache):
+        return dataset.vocabulary
     counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
     return sorted(word for word, _ in counts.most_common(8192))
 
@@ -274,11 +308,15 @@ def open_data(args):
     frames = args.frames or 1
     if args.data == "shapes":
         level = "single" if args.text == "labels" else args.world
-        dataset = D.Shapes(level, DRAWN[args.stage], args.seed, args.size, frames)
+        stage = args.stage if args.stage != "encode" else "t2v" if frames > 1 else "t2i"
+        dataset = D.Shapes(level, DRAWN[stage], args.seed, args.size, frames)
         fresh = D.Shapes(level, 12, PREVIEW_SEED, args.size, frames)
         prompts = [fresh.scene(i).caption() for i in range(12)]
     else:
         dataset = D.open_data(args.data, args.size, frames, args.fps)
+        if isinstance(dataset, D.Cache) and args.stage in ("vae", "encode"):
+            raise ValueError(f"{args.data} holds latents, and --stage {args.stage} wants pictures; "
+                             f"try the folder that they were made of")
         prompts = list(dict.fromkeys(dataset.captions))[:12]
         for line in dataset.report():
             print_main(args, line)
@@ -347,7 +385,8 @@ def ignore_signals(worker):
 
 class Latents:
     """A dataset's latents, in memory, encoded when first asked for: training starts at once and
-    the first epoch pays as it goes. latents[places] -> (B, F, C, h, w), captions."""
+    the first epoch pays as it goes. latents[places] -> fp16 (B, F, C, h, w), captions, as a
+    D.Cache has them: with a cache and without one, a run is the same."""
     def __init__(self, dataset, vae, args):
         self.vae, self.device, self.n = vae, args.device, len(dataset)
         chunks = [range(i, min(i + CHUNK, self.n)) for i in range(0, self.n, CHUNK)]
@@ -362,13 +401,157 @@ class Latents:
         with tqdm(total=missing, desc="encoding", leave=False,
                   disable=missing < 32 * CHUNK or not self.args.main) as bar:
             while len(self.captions) <= max(places):        # after a resume: all of it
-                clips, captions = next(self.feed)
-                with torch.no_grad():
-                    z = self.vae.encode(G.to_float(clips).to(self.device)).cpu()
+                z, captions = encode_chunk(self.vae, next(self.feed), self.device)
                 self.z += z
                 self.captions += captions
                 bar.update(len(captions))
         return torch.stack([self.z[i] for i in places]), [self.captions[i] for i in places]
+
+
+@torch.no_grad()
+def encode_chunk(vae, chunk, device):
+    """(pictures uint8 (B, F, H, W, 3), captions) -> (latents fp16 (B, F, C, h, w), captions)."""
+    clips, captions = chunk
+    return vae.encode(G.to_float(clips).to(device)).half().cpu(), captions
+
+
+def latents_of(dataset, vae, args):
+    """A dataset -> something whose [places] are latents and captions. Raises ValueError for a cache
+    of another autoencoder's latents."""
+    if not isinstance(dataset, D.Cache):
+        return Latents(dataset, vae, args)
+    if dataset.vae != vae_fingerprint(vae):
+        raise ValueError(f"cache of another autoencoder, {dataset.root}; encode again, or give the "
+                         f"--vae that it was made with")
+    return dataset
+
+
+class StoredText(torch.nn.Module):
+    """Stands in for frozen text encoders whose features are stored in caches: B captions -> Text,
+    read from disk. The caches' captions and the null text are all it knows."""
+    trained, dim = False, 128                               # dim is the trained encoders' affair
+
+    def __init__(self, caches, device):
+        super().__init__()
+        self.caches, self.device = caches, device
+        self.dims = tuple(caches[0].encoders["dims"])
+
+    def forward(self, captions):
+        """List of B strings -> Text of fp32 tokens (B, L, D_k), masks (B, L), pooled (B, P)."""
+        rows = [next(c for c in self.caches if caption in c.where).text(caption)
+                for caption in captions]
+        tokens, masks = [], []
+        for k, dim in enumerate(self.dims):
+            parts = [row[k] for row, _ in rows]             # B times (L_i, D_k), mapped
+            lengths = torch.tensor([len(part) for part in parts])
+            padded = np.zeros((len(parts), int(lengths.max()), dim), np.float16)
+            for place, part in zip(padded, parts):
+                place[:len(part)] = part                    # here the disk is read
+            # (half the bytes on the way to a GPU; fp32 from there, as the encoders answer)
+            tokens.append(torch.from_numpy(padded).to(self.device).float())
+            masks.append((torch.arange(padded.shape[1]) < lengths[:, None]).to(self.device))
+        pooled = torch.from_numpy(np.stack([pooled for _, pooled in rows]))
+        return G.Text(tuple(tokens), tuple(masks), pooled.to(self.device).float())
+
+
+# ---- fingerprints: is what a cache holds what this run's own encoders would answer?
+
+def vae_fingerprint(vae):
+    """16 letters that change with any weight of an autoencoder."""
+    digest = hashlib.sha256(repr((getattr(vae, "scale", 1), getattr(vae, "shift", 0))).encode())
+    for name, x in sorted(vae.state_dict().items()):
+        # half(): an ema.pt holds the same autoencoder in half precision, and latents are no finer
+        digest.update(name.encode() + x.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def text_fingerprint(spec):
+    """16 letters for frozen encoders, without loading them: their names, and of local folders each
+    file's size and first megabyte."""
+    digest = hashlib.sha256()
+    for part in spec.split("+"):
+        name = G.FrozenEncoder.NAMES.get(part, part)
+        files = sorted(p for p in Path(name).rglob("*") if p.is_file()) if Path(name).is_dir() \
+            else []
+        if not files:
+            digest.update(name.encode())                    # (a folder may move, a name may not)
+        for file in files:
+            with open(file, "rb") as f:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2 ** 20))
+    return digest.hexdigest()[:16]
+
+
+def encode(args):
+    """Stage encode: the latents of all items of --data, and the features that frozen encoders make
+    of their captions, into a cache. The processes take its shards in turn; shards that are there
+    already stay, so an interrupted run goes on."""
+    prepare(args)
+    dataset, _, _ = open_data(args)
+    vae = G.build_vae({"vae": find_vae(args.vae)}).to(args.device)
+    spec = args.text if args.text and is_frozen(args.text) else None
+    # A trained text encoder has features of its own at each step: of those only captions are stored
+    text = G.TextEncoder(spec).to(args.device) if spec else None
+    out, n = Path(args.out), len(dataset)
+    with torch.no_grad():
+        probe = vae.encode(G.to_float(dataset[0][0][None]).to(args.device))    # (1, F, C, h, w)
+    index = {"format": "gentron cache", "items": n, "shard": D.SHARD,
+             "shape": list(probe.shape[1:]), "size": list(args.size),
+             "frames": args.frames or 1, "fps": args.fps,
+             "data": args.data, "seed": args.seed, "labels": dataset.labels,
+             "vocabulary": vocabulary_of(dataset, "small"), "vae": vae_fingerprint(vae),
+             "encoders": text and {"spec": spec, "dims": list(text.dims),
+                                   "fingerprint": text_fingerprint(spec)}}
+    there = D.cache_index(out)
+    for key in index if there else ():
+        if there.get(key) != index[key]:
+            raise ValueError(f"cache {out} was begun with another {key}; give another --out, or "
+                             f"delete it")
+    if args.world_size > 1:
+        dist.barrier()                                      # all have looked
+    if args.main:
+        D.save_json(out / "index.json", index)
+    shards = range(-(-n // D.SHARD))                        # rounded up
+    missing = [k for k in shards if not (out / f"{k:05d}.json").exists()]
+    todo = {k: range(k * D.SHARD, min((k + 1) * D.SHARD, n)) for k in missing
+            if k % args.world_size == args.rank}            # shard: its places
+    chunks = [p[i:i + CHUNK] for p in todo.values() for i in range(0, len(p), CHUNK)]
+    feed, stop = iter(loader(dataset, chunks, args)), Stop(args)
+    with tqdm(total=sum(map(len, todo.values())), desc="encode", unit=" items",
+              disable=not args.main) as bar:
+        for k, places in todo.items():
+            parts = []
+            for _ in range(0, len(places), CHUNK):
+                if not stop.asked():
+                    parts.append(encode_chunk(vae, next(feed), args.device))
+                    bar.update(len(parts[-1][1]))
+            if stop.asked():
+                break                                       # what is not a whole shard is lost
+            captions = [caption for _, words in parts for caption in words]
+            texts = list(dict.fromkeys(["", *captions]))    # each different caption once
+            D.save_shard(out, k, np.concatenate([z.numpy() for z, _ in parts]), captions, texts,
+                         *encode_texts(text, texts))
+    if args.world_size > 1:
+        dist.barrier()                                      # the last shard is there
+    left = sum(not (out / f"{k:05d}.json").exists() for k in shards)
+    print_main(args, f"stopped by {stop.asked()}, {left} of {len(shards)} shards to go. To go on: "
+                     f"the same command" if left else
+                     f"done: {out}, {n:,} items. To train from it: python train.py --data {out}")
+    return 0
+
+
+@torch.no_grad()
+def encode_texts(text, captions):
+    """m captions -> (for each encoder m arrays (L_i, D_k) of real tokens, pooled (m, P)); without
+    an encoder (text None) nothing."""
+    if text is None:
+        return [], None
+    tokens, pooled = [[] for _ in text.dims], []
+    for i in range(0, len(captions), CHUNK):
+        batch = text(captions[i:i + CHUNK])
+        for rows, x, mask in zip(tokens, batch.tokens, batch.mask):
+            rows += [row[real].cpu().numpy() for row, real in zip(x, mask)]
+        pooled += batch.pooled.cpu().numpy().tolist()
+    return tokens, np.array(pooled)
 
 
 # -----------------------------------------------------------------------------
@@ -549,16 +732,19 @@ def joint_batches(args, clips, pictures, schedule, shape, first):
     Joint image-video training (paper 3.4): an item drawn as `still`, with probability
     --p-motion-free, is a picture repeated F times, with the picture's caption; its temporal
     attention is then switched off in `training_loss`. In t2i there are no stills: pictures are
-    all there is. clips, pictures: Latents (pictures None: no stills); shape: (B, F, C, h, w)."""
+    all there is. clips, pictures: Latents or caches (pictures None: no stills); shape:
+    (B, F, C, h, w)."""
     p_still = args.p_motion_free if pictures else 0.0
     for step in itertools.count(first):
         draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text,
                              p_still)[args.own]
         z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
+        z0 = torch.as_tensor(z0).float()                    # stored in fp16, noised in fp32
         still = draws.still.nonzero()[:, 0].tolist()
         if still:
             places = places_of_step(args.seed, step, shape[0], len(pictures))[args.own]
-            z0[still], words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w): all frames
+            z, words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w): for all frames
+            z0[still] = torch.as_tensor(z).float()
             for j, caption in zip(still, words):
                 captions[j] = caption
         yield z0, captions, draws
@@ -616,9 +802,13 @@ class Stop:
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    def asked(self):
+        """Why this process should stop, or ""."""
+        return self.signal or ("--minutes" if time.monotonic() > self.deadline else "")
+
     def why(self, args):
         """Why to stop, or "". Rank 0 decides for all."""
-        answer = [self.signal or ("--minutes" if time.monotonic() > self.deadline else "")]
+        answer = [self.asked()]
         if args.world_size > 1:
             dist.broadcast_object_list(answer)
         return answer[0]
@@ -734,24 +924,25 @@ def cut_like(x, p):
 
 # ---- setting up
 
-def start(args, dataset, last, init):
+def start(args, dataset, pictures, last, init):
     """-> (net, vae, state) as `build` has them, or as `last`, this run's last checkpoint, left
     them."""
     if last is None:
-        return build(args, dataset, init)
+        return build(args, dataset, pictures, init)
     state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
     if args.stage == "vae":
         net = vae = G.build_vae(last).requires_grad_(True)
         net.load_state_dict(last["weights"])                # (last["vae"] holds the averages)
     else:
-        net, vae = G.build_net(last, "weights"), G.build_vae(last).to(args.device)
+        text = text_encoder(last["text"], dataset, pictures, args)
+        net, vae = G.build_net(last, "weights", text), G.build_vae(last).to(args.device)
     return net, vae, state
 
 
 def equip(net, args, last=None):
     """-> (ema, optimizer, parallel): a net's averages, its AdamW, and what to call in its place; on
     the device, cut up if --fsdp. last: a checkpoint to take averages and moments from."""
-    frozen = {id(m): m for m in net.modules() if isinstance(m, G.FrozenEncoder)}
+    frozen = {id(m): m for m in net.modules() if isinstance(m, (G.FrozenEncoder, StoredText))}
     ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
     if last:                # while tensors are whole: a checkpoint knows nothing of processes
         ema.load_state_dict({**ema.state_dict(), **last["ema"]})
@@ -789,8 +980,9 @@ def feed(args, net, ema, vae, dataset, pictures, prompts, first):
                 lambda path: preview_vae(path, ema, dataset, args))
     high, wide = (side // vae.down for side in args.size)
     shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
-    stills = Latents(pictures, vae, args) if pictures is not None else None
-    return (joint_batches(args, Latents(dataset, vae, args), stills, net.schedule, shape, first),
+    stills = latents_of(pictures, vae, args) if pictures is not None else None
+    clips = latents_of(dataset, vae, args)
+    return (joint_batches(args, clips, stills, net.schedule, shape, first),
             lambda path: preview_samples(path, ema, vae, dataset, prompts, args))
 
 
@@ -801,7 +993,7 @@ def train(args):
     if last:
         check_same_flags(args, last["args"])
     dataset, pictures, prompts = open_data(args)
-    net, vae, state = start(args, dataset, last, init)
+    net, vae, state = start(args, dataset, pictures, last, init)
     ema, optimizer, parallel = equip(net, args, last)
     first = last["step"] if last else 0
     if last:
@@ -1160,7 +1352,8 @@ def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
     args = parser().parse_args(argv)
     try:
-        return (dry_run if args.dry_run else benchmark if args.benchmark else train)(args)
+        return (dry_run if args.dry_run else benchmark if args.benchmark else
+                encode if args.stage == "encode" else train)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
