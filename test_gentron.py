@@ -1695,6 +1695,47 @@ def test_one_batch_can_be_overfitted():
     assert losses[0] > 0.5 and losses[-1] < 0.02
 
 
+def test_a_checkpoint_goes_on_at_another_size(tmp_path, capsys):
+    """Resolution stages: 256 then 512 in the paper; here 32x32, then 48x64, which is not square."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    first = run_train(tmp_path, "--vae", vae, "--steps", "2", "--size", "32", out="first")
+    more = ["--init", str(first / "ema.pt"), "--size", "48x64", "--steps", "3", "--lr", "0.01"]
+    second = run_train(tmp_path, *more, out="second")
+    before, after = (G.load_checkpoint(run / "ema.pt") for run in (first, second))
+    assert before["size"] == [32, 32] and after["size"] == [48, 64]
+    assert before["ema"].keys() == after["ema"].keys() and "0 are new" in capsys.readouterr().out
+    ups = [not torch.equal(before["ema"][k], after["ema"][k]) for k in before["ema"]]
+    assert sum(ups) > len(ups) / 2                          # it trained on
+    for run, size, shape in ((second, [], (48, 64)), (first, ["--size", "64x96"], (64, 96)),
+                             (second, ["--size", "32"], (32, 32))):
+        assert sample.main(["a red circle", "--ckpt", str(run / "ema.pt"), "--steps", "2", *size,
+                            "--per-prompt", "2", "--out", f"{tmp_path}/out/"]) == 0
+        assert np.asarray(Image.open(tmp_path / "out/00001.png")).shape == (*shape, 3)
+    # one set of weights on another grid is another function, of the same parameters
+    net = G.build_net(after)
+    read = net.model.read(net.text(["a red circle"]))
+    small, large = (net.model(noise(1, 1, 4, *s), torch.tensor([500]), read)
+                    for s in ((4, 4), (6, 12)))
+    assert small.shape[3:] == (4, 4) and large.shape[3:] == (6, 12) and large.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+def test_compiled_blocks_train_alike(tmp_path):
+    """The same losses, gradient norms and plain names, alone, recomputing, and cut up."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = ["--vae", vae, "--steps", "4", "--lr", "0.01"]
+    plain, compiled, again = (run_train(tmp_path, *flags, *more, out=f"run {len(more)}")
+                              for more in ([], ["--compile"],
+                                           ["--compile", "--checkpoint-activations"]))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0             # something was compiled
+    together([[*SMALL, *flags, "--compile", "--fsdp", "--out", str(tmp_path / "cut")]], tmp_path)
+    weights = G.load_checkpoint(plain / "last.pt")["weights"]
+    for run in (compiled, again, tmp_path / "cut"):
+        assert np.abs(logged(run) / logged(plain) - 1).max() < 1e-4, run
+        assert G.load_checkpoint(run / "last.pt")["weights"].keys() == weights.keys()
+
+
 # -----------------------------------------------------------------------------
 # Several processes
 # -----------------------------------------------------------------------------
@@ -1718,7 +1759,7 @@ def together(jobs, cwd, processes=2, before=""):
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "PYTHONPATH": str(HERE),
              "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}) for rank in range(processes)]
     try:
-        outs = [process.communicate(timeout=300)[0] for process in running]
+        outs = [process.communicate(timeout=900)[0] for process in running]
     finally:
         for process in running:
             process.kill()

@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import resource
 import signal
 import subprocess
 import sys
@@ -481,6 +480,28 @@ def text_fingerprint(spec):
     return digest.hexdigest()[:16]
 
 
+def begin_cache(args, dataset, vae, text):
+    """Writes the cache's index.json, or compares it with the one of an interrupted run: going on
+    with other flags or data would mix two caches. Raises ValueError."""
+    with torch.no_grad():
+        probe = vae.encode(G.to_float(dataset[0][0][None]).to(args.device))    # (1, F, C, h, w)
+    index = {"format": "gentron cache", "items": len(dataset), "shard": D.SHARD,
+             "shape": list(probe.shape[1:]), "size": list(args.size), "frames": args.frames or 1,
+             "fps": args.fps, "data": args.data, "seed": args.seed, "labels": dataset.labels,
+             "vocabulary": vocabulary_of(dataset, "small"), "vae": vae_fingerprint(vae),
+             "encoders": text and {"spec": text.spec, "dims": list(text.dims),
+                                   "fingerprint": text_fingerprint(text.spec)}}
+    there = D.cache_index(args.out) or index
+    for key in index:
+        if there.get(key) != index[key]:
+            raise ValueError(f"cache {args.out} was begun with another {key}; give another --out, "
+                             f"or delete it")
+    if args.world_size > 1:
+        dist.barrier()                                      # all have looked before one writes
+    if args.main:
+        D.save_json(Path(args.out) / "index.json", index)
+
+
 def encode(args):
     """Stage encode: the latents of all items of --data, and the features that frozen encoders make
     of their captions, into a cache. The processes take its shards in turn; shards that are there
@@ -488,28 +509,11 @@ def encode(args):
     prepare(args)
     dataset, _, _ = open_data(args)
     vae = G.build_vae({"vae": find_vae(args.vae)}).to(args.device)
-    spec = args.text if args.text and is_frozen(args.text) else None
-    # A trained text encoder has features of its own at each step: of those only captions are stored
-    text = G.TextEncoder(spec).to(args.device) if spec else None
+    # A trained text encoder has other features at each step: then only captions are stored
+    frozen = args.text is not None and is_frozen(args.text)
+    text = G.TextEncoder(args.text).to(args.device) if frozen else None
+    begin_cache(args, dataset, vae, text)
     out, n = Path(args.out), len(dataset)
-    with torch.no_grad():
-        probe = vae.encode(G.to_float(dataset[0][0][None]).to(args.device))    # (1, F, C, h, w)
-    index = {"format": "gentron cache", "items": n, "shard": D.SHARD,
-             "shape": list(probe.shape[1:]), "size": list(args.size),
-             "frames": args.frames or 1, "fps": args.fps,
-             "data": args.data, "seed": args.seed, "labels": dataset.labels,
-             "vocabulary": vocabulary_of(dataset, "small"), "vae": vae_fingerprint(vae),
-             "encoders": text and {"spec": spec, "dims": list(text.dims),
-                                   "fingerprint": text_fingerprint(spec)}}
-    there = D.cache_index(out)
-    for key in index if there else ():
-        if there.get(key) != index[key]:
-            raise ValueError(f"cache {out} was begun with another {key}; give another --out, or "
-                             f"delete it")
-    if args.world_size > 1:
-        dist.barrier()                                      # all have looked
-    if args.main:
-        D.save_json(out / "index.json", index)
     shards = range(-(-n // D.SHARD))                        # rounded up
     missing = [k for k in shards if not (out / f"{k:05d}.json").exists()]
     todo = {k: range(k * D.SHARD, min((k + 1) * D.SHARD, n)) for k in missing
@@ -1215,6 +1219,7 @@ def peak_memory(args):
     """The most bytes in use so far: of the GPU's memory, or of this process's."""
     if args.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource  # here, because Windows has none
     unit = 1 if sys.platform == "darwin" else 1024          # Linux counts in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
