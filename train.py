@@ -1196,16 +1196,14 @@ class RandomText(torch.nn.Module):
 
 
 def matmul_rate(args):
-    """Products of large matrices that the device manages, in FLOP/s: the measure of what a model,
-    mostly products, could reach at best."""
+    """FLOP/s of one product of two large matrices: what a model, mostly products, could reach at
+    best."""
     cuda, half = args.device.type == "cuda", args.precision == "bf16"
-    n, times = 8192 if cuda else 1024, []
+    n = 8192 if cuda else 512
     a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if half else torch.float32)
-    for _ in range(10):
-        started = clock(args)
-        a @ a
-        times.append(clock(args) - started)
-    return 2 * n ** 3 / float(np.median(times))
+    started = clock(args)
+    a @ a
+    return 2 * n ** 3 / (clock(args) - started)
 
 
 def clock(args):
@@ -1226,28 +1224,25 @@ def peak_memory(args):
 
 def benchmark(args):
     """Times training steps on random latents and text, one line a setting. With --conditioning
-    adaln and diffusers installed, its DiT of the same sizes is timed too, in turn with ours:
-    machines drift, and only neighbours in time compare. Writes nothing."""
+    adaln and diffusers installed, its DiT of the same sizes is timed too. What is compared runs in
+    turn: machines drift, and only neighbours in time compare. Writes nothing."""
     prepare(args)
-    best = matmul_rate(args)
     flags = [f"--{name.replace('_', '-')}" for name in ("fsdp", "compile", "checkpoint_activations")
              if getattr(args, name)]
     print_main(args, f"{args.preset or 'nano'}, {args.size[0]}x{args.size[1]}, batch "
                      f"{args.batch_size} on {args.world_size} x {args.device}, "
-                     f"{' '.join([args.precision, *flags])}: products of matrices at "
-                     f"{best / 1e12:.3g} TFLOP/s")
+                     f"{' '.join([args.precision, *flags])}; % of the rate of matrix products")
     # In rising order: of a process's memory only the highest peak is known
     counts = [args.frames or 1] if args.frames or args.stage != "t2v" else [1, 4, 8, 16, 32]
     for frames in counts:
-        time_training(args, frames, best * args.world_size)
+        time_training(args, frames)
     if args.stage == "t2v":
         time_guidance(args, args.frames or 8)
     return 0
 
 
-def time_training(args, frames, best):
-    """One line for clips of so many frames: median time, rates, memory. best: FLOP/s to compare
-    with."""
+def time_training(args, frames):
+    """One line for clips of so many frames: median time, rates, memory."""
     cfg = imagine(args, temporal=args.stage == "t2v")
     shape = (args.batch_size, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8)
     with torch.device("cpu" if args.fsdp else args.device):
@@ -1264,14 +1259,16 @@ def time_training(args, frames, best):
     if args.conditioning == "adaln" and frames == 1 and shape[3] == shape[4]:
         theirs = diffusers_step(args, cfg, inputs[0])
         contenders |= {"diffusers": theirs} if theirs else {}
-    times = {name: [] for name in contenders}
+    times, products = {name: [] for name in contenders}, []
     for step in tqdm(range(3 + args.steps), desc="benchmark", leave=False, disable=not args.main):
+        products.append(matmul_rate(args) * args.world_size)
         for name, run in contenders.items():
             started = clock(args)
             run(step)
             times[name].append(clock(args) - started)
     median = {name: float(np.median(t[3:])) for name, t in times.items()}       # 3 to warm up
     rate = 3 * count_flops(cfg, (1, *shape[1:])) * args.batch_size / median["gentron"]
+    best = float(np.median(products[3:]))
     size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M"
     unit = "clips" if frames > 1 else "images"
     print_main(args, f"{frames:3} frames, {frames * shape[3] * shape[4] // cfg.patch_size ** 2:5} "
