@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here needs
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -1697,6 +1698,205 @@ def test_one_batch_can_be_overfitted():
     assert losses[0] > 0.5 and losses[-1] < 0.02
 
 
+def test_a_checkpoint_goes_on_at_another_size(tmp_path, capsys):
+    """Resolution stages: 256 then 512 in the paper; here 32x32, then 48x64, which is not square."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    first = run_train(tmp_path, "--vae", vae, "--steps", "2", "--size", "32", out="first")
+    more = ["--init", str(first / "ema.pt"), "--size", "48x64", "--steps", "3", "--lr", "0.01"]
+    second = run_train(tmp_path, *more, out="second")
+    before, after = (G.load_checkpoint(run / "ema.pt") for run in (first, second))
+    assert before["size"] == [32, 32] and after["size"] == [48, 64]
+    assert before["ema"].keys() == after["ema"].keys() and "0 are new" in capsys.readouterr().out
+    ups = [not torch.equal(before["ema"][k], after["ema"][k]) for k in before["ema"]]
+    assert sum(ups) > len(ups) / 2                          # it trained on
+    for run, size, shape in ((second, [], (48, 64)), (first, ["--size", "64x96"], (64, 96)),
+                             (second, ["--size", "32"], (32, 32))):
+        assert sample.main(["a red circle", "--ckpt", str(run / "ema.pt"), "--steps", "2", *size,
+                            "--per-prompt", "2", "--out", f"{tmp_path}/out/"]) == 0
+        assert np.asarray(Image.open(tmp_path / "out/00001.png")).shape == (*shape, 3)
+    # one set of weights on another grid is another function, of the same parameters
+    net = G.build_net(after)
+    read = net.model.read(net.text(["a red circle"]))
+    small, large = (net.model(noise(1, 1, 4, *s), torch.tensor([500]), read)
+                    for s in ((4, 4), (6, 12)))
+    assert small.shape[3:] == (4, 4) and large.shape[3:] == (6, 12) and large.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+def test_compiled_blocks_train_alike(tmp_path):
+    """The same losses, gradient norms and plain names, alone, recomputing, and cut up."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = ["--vae", vae, "--steps", "4", "--lr", "0.01"]
+    plain, compiled, again = (run_train(tmp_path, *flags, *more, out=f"run {len(more)}")
+                              for more in ([], ["--compile"],
+                                           ["--compile", "--checkpoint-activations"]))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0             # something was compiled
+    together([[*SMALL, *flags, "--compile", "--fsdp", "--out", str(tmp_path / "cut")]], tmp_path)
+    weights = G.load_checkpoint(plain / "last.pt")["weights"]
+    for run in (compiled, again, tmp_path / "cut"):
+        assert np.abs(logged(run) / logged(plain) - 1).max() < 1e-4, run
+        assert G.load_checkpoint(run / "last.pt")["weights"].keys() == weights.keys()
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+# -----------------------------------------------------------------------------
+
+def together(jobs, cwd, processes=2, before=""):
+    """Runs train.main(flags) for each of the jobs in turn, on gloo processes of the CPU; `before`
+    is Python to run first."""
+    import socket
+    with contextlib.ExitStack() as stack:                   # free ports, all different
+        sockets = [stack.enter_context(socket.socket()) for _ in jobs]
+        for s in sockets:
+            s.bind(("localhost", 0))
+        ports = [str(s.getsockname()[1]) for s in sockets]
+    code = (f"import json, os, sys, train\n{before}\n"
+            "for flags, port in zip(*json.loads(sys.argv[1])):\n"
+            "    os.environ['MASTER_PORT'] = port\n"
+            "    assert train.main(flags) == 0, flags\n")
+    running = [subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps([jobs, ports])], cwd=cwd, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "PYTHONPATH": str(HERE),
+             "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}) for rank in range(processes)]
+    try:
+        outs = [process.communicate(timeout=900)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), "\n".join(outs)[-3000:]
+    return outs
+
+
+def logged(run):
+    """Loss and gradient norm of a run's steps, (steps, 2) numbers."""
+    return np.array([[float(row["loss"]), float(row["grad_norm"])]
+                     for row in csv.DictReader(open(run / "log.csv"))])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    """20 clipped steps on 1 process, on 2 with copies, on 2 with shards, and moved from 1 to 2 and
+    from 2 to 1 after step 10: the same losses, norms, weights, averages and previews."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = [*SMALL, "--vae", vae, "--lr", "0.01", "--grad-accum", "2"]
+    job = lambda name, steps, *more: [*flags, *more, "--steps", str(steps),
+                                      "--out", str(tmp_path / name)]
+    often = ["--sample-every", "5"]         # previews must not disturb the run, nor lag behind it
+    assert train.main(job("one", 20, *often)) == train.main(job("1 to 2", 10)) == 0
+    together([job("copies", 20), job("shards", 20, "--fsdp", *often),
+              job("1 to 2", 20, "--fsdp"), job("2 to 1", 10, "--fsdp")], tmp_path)
+    assert train.main(job("2 to 1", 20)) == 0
+    one, loss = G.load_checkpoint(tmp_path / "one" / "last.pt"), logged(tmp_path / "one")
+    assert len(loss) == 20 and loss[:, 1].max() > 1         # clipping had something to do
+    for name in ("copies", "shards", "1 to 2", "2 to 1"):
+        assert np.abs(logged(tmp_path / name) / loss - 1).max() < 1e-5, name
+        last = G.load_checkpoint(tmp_path / name / "last.pt")
+        for part in ("weights", "ema"):                     # plain tensors by plain names
+            assert one[part].keys() == last[part].keys()
+            for key, x in one[part].items():
+                assert type(last[part][key]) is torch.Tensor
+                assert largest(x, last[part][key]) < 1e-4, (name, part, key)
+        for path in sorted((tmp_path / name / "samples").glob("*[50].png"))[-2:]:
+            drawn, ours = np.asarray(Image.open(path), int), tmp_path / "one/samples" / path.name
+            assert abs(drawn - np.asarray(Image.open(ours), int)).max() <= 2, path
+
+
+# -----------------------------------------------------------------------------
+# Sizes and speeds
+# -----------------------------------------------------------------------------
+
+def test_flops_are_those_of_the_products_by_hand():
+    D, N, L, K = 32, 6, train.WORDS, 24
+    cfg = G.GenTronConfig(depth=3, width=D, heads=4, text_dims=(K,))
+    per_token = 4 * D * D + 8 * D * D + 2 * D * D           # attention, MLP, cross q and out
+    block = N * per_token + 6 * D * D + 2 * L * K * D + 2 * N * (N + L) * D
+    ends = 2 * N * 16 * D + 2 * D * D + 256 * D + D * D + K * D
+    assert train.count_flops(cfg, (5, 1, 4, 4, 6)) == 5 * 2 * (3 * block + ends)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_is_that_of_an_allocated_model(again, bf16):
+    """Weights exactly; what the forward pass saves, to a few per cent, though it is a straight line
+    through smaller models."""
+    cfg = G.GenTronConfig(depth=6, width=64, heads=2, text_dims=(24, 40), temporal=True)
+    model = G.GenTron(cfg).train()
+    model.checkpoint_activations = again
+    assert train.count_weights(cfg) == sum(p.numel() for p in model.parameters())
+    kept, inside = {}, []
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+    text = some_text((24, 40), B=3, L=train.WORDS)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(noise(3, 2, 4, 8, 8), torch.tensor([9.0, 500.0, 900.0]), text)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    real = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
+    assert train.count_saved(cfg, (3, 2, 4, 8, 8), bf16, again) == pytest.approx(real, rel=0.02)
+    fixed, an_item = train.count_activations(cfg, (1, 2, 4, 8, 8), bf16, again)
+    inside = train.count_saved(cfg, (3, 2, 4, 8, 8), bf16, False) / 6 if again else 0
+    assert fixed + 3 * an_item == pytest.approx(real + inside, rel=0.03)
+
+
+def test_dry_run_of_the_largest_allocates_nothing(tmp_path):
+    code = ("import resource, sys, train\ncode = train.main(['--preset', 'G/2', '--dry-run'])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 'GB')\nsys.exit(code)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(HERE)})
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and float(lines[-1].split()[0]) < 3 and not os.listdir(tmp_path)
+    assert "3065.0 M parameters, 3597.0 M with temporal" in lines[1]
+    rows = [line.split("  ") for line in lines if line.startswith(("no flag", "--"))]
+    rows = {row[0]: [float(cell) for cell in row[1:] if cell.strip()] for row in rows}
+    assert rows["no flag"][:4] == [12.26, 12.26, 24.52, 12.26] and len(rows) == 8
+    for flags, row in rows.items():
+        assert row[5] == pytest.approx(sum(row[:5]), abs=0.03)
+        if flags != "no flag":
+            assert row[5] < rows["no flag"][5]
+
+
+def test_benchmark_tells_speeds_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--benchmark", "--stage", "t2v", "--steps", "2", "--batch-size", "2"]
+    assert train.main(flags) == 0                           # 1, 4, 8, 16, 32 frames
+    out = capsys.readouterr().out
+    number = r"([\d.e+-]+)"
+    rows = re.findall(rf"(\d+) frames, +(\d+) tokens, {number} M: {number} s a step, {number} "
+                      rf"\w+/s, {number} TFLOP/s \((\d+)%\), peak {number} GB", out)
+    assert [int(row[0]) for row in rows] == [1, 4, 8, 16, 32]
+    for frames, tokens, _, seconds, rate, flops, share, gb in rows:
+        assert int(tokens) == 16 * int(frames) and 0.1 < float(gb) < 20
+        assert float(rate) * float(seconds) == pytest.approx(2, rel=0.2) and int(share) < 130
+        cfg = G.GenTronConfig(depth=2, width=32, heads=2, text_dims=(128,), temporal=True)
+        work = 3 * train.count_flops(cfg, (2, int(frames), 4, 8, 8))        # forward and backward
+        assert float(flops) * float(seconds) == pytest.approx(work / 1e12, rel=0.2)
+    assert re.search(rf"guided sampling step, 8 frames: {number} ms .* {number} times as fast", out)
+    assert train.main([*flags, "--frames", "1"]) == 0 and "  1 frames" in capsys.readouterr().out
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["gpu", "cpu", "python", "else"])
+def test_out_of_memory_is_one_line_that_names_flags(tmp_path, monkeypatch, capsys, what):
+    def forward(*_):
+        if what == "cpu":
+            torch.empty(10 ** 15)                           # the real thing
+        raise {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+               "python": MemoryError()}.get(what, RuntimeError("something else"))
+    monkeypatch.setattr(G.Net, "forward", forward)
+    flags = [*SMALL, "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--steps", "2", "--grad-accum",
+             "2", "--out", str(tmp_path / "run")]
+    if what == "else":
+        with pytest.raises(RuntimeError, match="something else"):
+            train.main(flags)
+    else:
+        refused(train, flags, "--grad-accum 4, --checkpoint-activations", capsys)
+
+
 # -----------------------------------------------------------------------------
 # Pretrained parts: the real loading code, on tiny random models saved to disk
 # -----------------------------------------------------------------------------
@@ -2014,6 +2214,139 @@ def test_study_refuses_other_files_with_a_line(page):
 def test_study_template_without_a_study_says_so(chromium):
     chromium.get((HERE / "assets/study.html").as_uri())
     assert "holds no study" in chromium.find_element("tag name", "body").text
+
+
+# -----------------------------------------------------------------------------
+# The cache
+# -----------------------------------------------------------------------------
+
+@pytest.fixture
+def few(monkeypatch):
+    """150 pictures, 100 clips, shards of 64: three shards, the last one not full."""
+    monkeypatch.setattr(D, "SHARD", 64)
+    monkeypatch.setitem(train.DRAWN, "t2i", 150)
+    monkeypatch.setitem(train.DRAWN, "t2v", 100)
+
+
+def encode(tmp_path, *flags, out="cache", code=0):
+    assert train.main(["--stage", "encode", "--workers", "0", *flags,
+                       "--out", str(tmp_path / out)]) == code
+    return tmp_path / out
+
+
+def test_training_from_a_cache_is_training_from_the_pictures(tmp_path, few, monkeypatch):
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = ["--vae", vae, "--steps", "25", "--lr", "0.01"]             # 200 items: a second epoch
+    direct = run_train(tmp_path, *flags, out="direct")
+    cache = encode(tmp_path, "--vae", vae)
+    assert not list(cache.glob("*text*"))                   # a trained encoder: captions only
+    with monkeypatch.context() as context:
+        context.setattr(D.Shapes, "__getitem__", None)      # no picture is drawn
+        cached = run_train(tmp_path, *flags, "--data", str(cache), out="cached")
+    assert (logged(direct) == logged(cached)).all() and len(logged(direct)) == 25
+    weights = [G.load_checkpoint(run / "last.pt")["weights"] for run in (direct, cached)]
+    assert weights_equal(*weights)
+
+
+def test_joint_training_from_two_caches(tmp_path, few, monkeypatch):
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    parent = str(run_train(tmp_path, "--vae", vae, "--steps", "1", out="parent") / "ema.pt")
+    flags = ["--stage", "t2v", "--init", parent, "--steps", "4"]
+    direct = run_train(tmp_path, *flags, "--frames", "3", "--p-motion-free", "0.5", out="direct")
+    clips = encode(tmp_path, "--vae", parent, "--frames", "3", out="clips")
+    pictures = encode(tmp_path, "--vae", parent, out="pictures")
+    monkeypatch.setattr(D.Shapes, "__getitem__", None)
+    cached = run_train(tmp_path, *flags, "--p-motion-free", "0.5", "--data", str(clips),
+                       "--image-data", str(pictures), out="cached")     # (3 frames: the cache's)
+    assert (logged(direct) == logged(cached)).all()
+
+
+def test_cached_features_stand_in_for_frozen_encoders(pretrained, tmp_path, few, monkeypatch):
+    flags = ["--vae", str(pretrained / "vae"), "--size", "16"]
+    spec = f"{pretrained}/clip+{pretrained}/t5"
+    cache = encode(tmp_path, *flags, "--text", spec)
+    data = D.Cache(cache)
+    encoder, stored = G.TextEncoder(spec), train.StoredText([data], "cpu")
+    captions = [data.captions[140], "", data.captions[3]]   # of two shards, and the null text
+    theirs, ours = encoder(captions), stored(captions)
+    for k in range(2):
+        assert torch.equal(ours.mask[k], theirs.mask[k])
+        assert largest(ours.tokens[k], theirs.tokens[k]) < 2e-3 * theirs.tokens[k].abs().max()
+    assert largest(ours.pooled, theirs.pooled) < 2e-3 * theirs.pooled.abs().max()
+    rows = sum(np.load(path).shape[0] for path in cache.glob("*.text1.npy"))
+    texts = [text for k in range(3) for text in json.loads((cache / f"0000{k}.json").read_text())
+             ["texts"]]
+    assert rows == sum(encoder([text]).mask[1].sum().item() for text in texts)      # no padding
+    direct = run_train(tmp_path, *flags, "--text", spec, "--steps", "8", out="direct")
+    with monkeypatch.context() as context:
+        context.setattr(G.FrozenEncoder, "__init__", None)              # not even loaded
+        for steps in ("4", "8"):                                        # and goes on
+            cached = run_train(tmp_path, *flags, "--data", str(cache), "--steps", steps,
+                               out="cached")
+    assert np.abs(logged(cached) / logged(direct) - 1).max() < 2e-3
+    assert sample.main(["a red circle", "--ckpt", str(cached / "ema.pt"), "--steps", "2", "--out",
+                        str(tmp_path / "out.png")]) == 0                # with the encoders again
+
+
+def test_encode_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch, capsys):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt")]
+    whole, original, written = encode(tmp_path, *flags, out="whole"), D.save_shard, []
+
+    def stopped(folder, k, *more):
+        if k == 1:
+            (folder / "00001.latents.npy").write_bytes(b"half a file")
+            raise OSError("disk full")
+        original(folder, k, *more)
+    with monkeypatch.context() as context:
+        context.setattr(D, "save_shard", stopped)
+        parts = encode(tmp_path, *flags, out="parts", code=2)
+    capsys.readouterr()
+    refused(train, [*SMALL, *flags, "--data", str(parts), "--out", str(tmp_path / "run")],
+            "lacks 2 shards", capsys)
+    refused(train, ["--stage", "encode", *flags, "--size", "32", "--out", str(parts)],
+            "begun with another s", capsys)
+    monkeypatch.setattr(D, "save_shard", lambda f, k, *more: (written.append(k),
+                                                              original(f, k, *more)))
+    encode(tmp_path, *flags, out="parts")
+    assert written == [1, 2]                                # the first one was kept
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in parts.iterdir()) and len(names) == 7
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+def test_two_processes_encode_the_same_cache(tmp_path, few):
+    flags = ["--stage", "encode", "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--workers", "0"]
+    one = encode(tmp_path, *flags)
+    together([[*flags, "--out", str(tmp_path / "two")]], tmp_path,
+             before="train.D.SHARD = 64; train.DRAWN['t2i'] = 150")
+    for path in one.iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_a_cache_of_other_encoders_is_refused(pretrained, tmp_path, few, capsys):
+    vae, other = save_tiny_vae(tmp_path / "vae.pt"), str(tmp_path / "other.pt")
+    state = G.load_checkpoint(vae)
+    next(iter(state["vae"]["weights"].values())).view(-1)[0] += 1e-3    # one number, a little
+    G.save_checkpoint(other, {"stage": "vae", "vae": state["vae"]})
+    shutil.copytree(pretrained / "t5", tmp_path / "t5")
+    cache = encode(tmp_path, "--vae", vae, "--text", str(tmp_path / "t5"))
+    capsys.readouterr()
+    common = [*SMALL, "--data", str(cache), "--out", str(tmp_path / "run"), "--steps", "1"]
+    refused(train, [*common, "--vae", other], "another autoencoder", capsys)
+    refused(train, [*common, "--vae", vae, "--text", str(pretrained / "clip")],
+            "another text encoder", capsys)
+    refused(train, [*common, "--vae", vae, "--size", "32"], "another size", capsys)
+    refused(train, [*common, "--vae", vae, "--stage", "vae"], "wants pictures", capsys)
+    assert D.main(["--preview", str(tmp_path / "a.png"), "--data", str(cache)]) == 2
+    assert train.main([*common, "--vae", vae, "--text", "small"]) == 0  # reads the captions
+    capsys.readouterr()
+    weights = next((tmp_path / "t5").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")   # the same name, another model
+    refused(train, [*common, "--vae", vae, "--no-resume"], "another text encoder", capsys)
+    (cache / "00001.latents.npy").write_bytes(b"nonsense")
+    refused(train, [*common, "--vae", vae, "--text", "small", "--no-resume", "--batch-size", "128"],
+            "damaged", capsys)
 
 
 # -----------------------------------------------------------------------------
