@@ -1781,7 +1781,7 @@ def test_two_processes_are_one(tmp_path):
     """20 clipped steps on 1 process, on 2 with copies, on 2 with shards, and moved from 1 to 2 and
     from 2 to 1 after step 10: the same losses, norms, weights, averages and previews."""
     vae = save_tiny_vae(tmp_path / "vae.pt")
-    flags = [*SMALL, "--vae", vae, "--lr", "0.01", "--grad-accum", "2"]
+    flags = [*SMALL, "--vae", vae, "--lr", "0.02", "--grad-accum", "2"]
     job = lambda name, steps, *more: [*flags, *more, "--steps", str(steps),
                                       "--out", str(tmp_path / name)]
     often = ["--sample-every", "5"]         # previews must not disturb the run, nor lag behind it
@@ -1792,7 +1792,8 @@ def test_two_processes_are_one(tmp_path):
     one, loss = G.load_checkpoint(tmp_path / "one" / "last.pt"), logged(tmp_path / "one")
     assert len(loss) == 20 and loss[:, 1].max() > 1         # clipping had something to do
     for name in ("copies", "shards", "1 to 2", "2 to 1"):
-        assert np.abs(logged(tmp_path / name) / loss - 1).max() < 1e-5, name
+        error = np.abs(logged(tmp_path / name) / loss - 1).max(0)
+        assert error[0] < 1e-5 and error[1] < 2e-4, (name, error)       # norms: five digits logged
         last = G.load_checkpoint(tmp_path / name / "last.pt")
         for part in ("weights", "ema"):                     # plain tensors by plain names
             assert one[part].keys() == last[part].keys()
