@@ -179,19 +179,24 @@ class Attention(nn.Module):
 
     def forward(self, x, kv=None, mask=None, pos=None, motion=None):
         """x (B, T, D); kv: what is looked at, None = x itself, or tokens (B, L, kv_dim), or the k
-        and v that `keys_values` made of them; mask bool (B, L); pos (T, D), seen by queries and
-        keys only; motion bool (B,). Returns (B, T, D)."""
+        and v that `keys_values` made of them; mask bool (B, L); pos (T, D), for self-attention;
+        motion bool (B,). Returns (B, T, D)."""
         q = self.split(self.q(x))                                          # (B, h, T, D/h)
         if not isinstance(kv, tuple):
             kv = self.keys_values(x if kv is None else kv)
         k, v = kv                                                          # (B, h, L, D/h)
-        if pos is not None:
-            # q and k read x + pos, v reads x. W (x + p) = W x + W p, and W p is the same for all.
-            # The first D rows of kv's weight make the keys.
-            q = q + self.split(F.linear(pos[None], self.q.weight))
-            k = k + self.split(F.linear(pos[None], self.kv.weight[:q.shape[1] * q.shape[3]]))
         mask = None if mask is None else mask[:, None, None, :]            # (B, 1, 1, L)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # (B, h, T, D/h)
+        if pos is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)    # (B, h, T, D/h)
+        else:
+            # q, k and v read x + pos. W (x + p) = W x + W p, and W p is the same for all items.
+            p = F.linear(pos[None], torch.cat([self.q.weight, self.kv.weight]))
+            pq, pk, pv = map(self.split, p.chunk(3, dim=-1))               # (1, h, T, D/h) each
+            # OURS: from the answer each frame's own position is taken off again. What is left says
+            # how far the frames looked at lie from this one: at high noise, where frames differ in
+            # nothing else, it tells the first from the last, and so left from right. And a frame
+            # that sees only itself gets v(x), without a position: a still stays a still.
+            y = F.scaled_dot_product_attention(q + pq, k + pk, v + pv, attn_mask=mask) - pv
         if motion is not None:
             # Motion-free = the identity mask of paper 3.4: each frame sees only itself. A softmax
             # over one key is 1, so what comes out is v itself: exact, and no mask tensor is needed.

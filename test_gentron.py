@@ -268,15 +268,25 @@ def test_motion_off_is_attention_under_the_identity_mask():
     # the same, written with the mask tensor of the paper
     W, b = attention.kv.weight.chunk(2), attention.kv.bias.chunk(2)
     q = attention.split(attention.q(x + pos))
-    k, v = attention.split(F.linear(x + pos, W[0], b[0])), attention.split(F.linear(x, W[1], b[1]))
+    k, v = (attention.split(F.linear(x + pos, W[i], b[i])) for i in (0, 1))
+    own = attention.split(F.linear(pos[None], W[1]))                # what v has of its position
     scores = q @ k.transpose(-1, -2) / math.sqrt(8)
-    masked = scores.masked_fill(~torch.eye(5, dtype=torch.bool), -math.inf).softmax(-1) @ v
+    masked = scores.masked_fill(~torch.eye(5, dtype=torch.bool), -math.inf).softmax(-1) @ v - own
     assert largest(off, attention.out(masked.transpose(1, 2).flatten(2))) < 1e-6
-    # and motion on is plain softmax attention, positions in q and k alone
+    # and motion on is plain softmax attention, each frame's own position taken off again
     on = attention(x, pos=pos, motion=torch.ones(6, dtype=torch.bool))
-    full = scores.softmax(-1) @ v
+    full = scores.softmax(-1) @ v - own
     assert largest(on, attention.out(full.transpose(1, 2).flatten(2))) < 1e-5
     assert largest(on, off) > 1e-3
+
+
+def test_frames_of_equal_content_know_their_place_with_motion_on():
+    """Pure noise tells nothing of time: without a word of it, left and right would be one."""
+    attention = randomised(G.Attention(32, 4))
+    x, pos = noise(1, 1, 32).expand(1, 5, 32), G.sincos(torch.arange(5), 32)
+    on, off = (attention(x, pos=pos, motion=torch.tensor([m]))[0] for m in (True, False))
+    for f in range(1, 5):
+        assert largest(on[f], on[f - 1]) > 1e-3 and largest(off[f], off[0]) < 1e-6
 
 
 def test_motion_off_separates_the_frames_and_motion_on_joins_them():
