@@ -28,6 +28,7 @@ import re
 import sys
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -1391,6 +1392,23 @@ def writable(path):
     return path
 
 
+@contextmanager
+def writing(path, *temporary):
+    """`with writing(path):` an error while a file is written (a full disk, say) becomes an OSError
+    of one line that names it, and what was written beside it goes."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                # RuntimeError: of torch and of av
+        for file in temporary:
+            Path(file).unlink(missing_ok=True)
+        # torch reports a full disk as a position that is off; the cause is an exception earlier
+        while not isinstance(error, OSError) and error.__context__:
+            error = error.__context__
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        raise OSError(f"cannot write {path}: {reason}; make room there, or choose another "
+                      f"folder") from None
+
+
 def main(argv=None):
     """Command line -> exit code: 0, or 2 for what the user can mend."""
     p = Parser(description="Look at the dataset: a sheet of it, captions below.",
@@ -1401,7 +1419,7 @@ def main(argv=None):
                    help="how much of the world")
     p.add_argument("--frames", type=number(int, 1, 1024), default=1,
                    help="frames a clip; 1 = pictures")
-    p.add_argument("--fps", type=number(float, 0, 1000, above=True), default=4,
+    p.add_argument("--fps", type=number(float, 0.01, 1000), default=4,
                    help="frames a second")
     p.add_argument("--size", type=picture_size, default=(64, 64), metavar="H[xW]",
                    help="in pixels (64)")
@@ -1418,10 +1436,11 @@ def main(argv=None):
               f"the shapes world ({args.world}), seed {args.seed}")
         clips, captions = zip(*[data[i] for i in range(min(args.n, len(data)))])
         sheets = [contact_sheet(clips, captions, frame=f) for f in range(args.frames)]
-        if out.suffix.lower() == ".gif":
-            save_gif(out, sheets, args.fps)
-        else:
-            sheets[0].save(out)                              # of clips, their first frames
+        with writing(out):
+            if out.suffix.lower() == ".gif":
+                save_gif(out, sheets, args.fps)
+            else:
+                sheets[0].save(out)                          # of clips, their first frames
         print(f"wrote {out}")
         return 0
     except (ValueError, OSError) as error:

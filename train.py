@@ -44,6 +44,11 @@ from tqdm import tqdm
 import data as D
 import gentron as G
 
+try:
+    import fcntl
+except ImportError:                                         # Windows: two runs are not kept apart
+    fcntl = None
+
 HERE = Path(__file__).resolve().parent
 
 # What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
@@ -88,7 +93,7 @@ def parser():
     g.add_argument("--world", choices=("basic", "full"), help="of the shapes (t2i, t2v: basic)")
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (nano: 64, else 256)")
     g.add_argument("--frames", type=D.number(int, 2, 1024), help="t2v: frames a clip (8)")
-    g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), default=4.0,
+    g.add_argument("--fps", type=D.number(float, 0.01, 1000), default=4.0,
                    help="t2v: frames a second (4)")
     g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
     g.add_argument("--p-motion-free", type=share, default=0.1,
@@ -146,11 +151,13 @@ def prepare(args):
     else:
         args.out = args.out or str(Path("runs") / args.stage)
         out = Path(args.out)
+        args.lock = lock(out, args)
         if args.main and not args.resume and (out / "last.pt").exists():
             aside = next(p for k in itertools.count(1)
                          if not (p := out.with_name(f"{out.name}.{k}")).exists())
             out.rename(aside)
             print(f"moved the old run to {aside}")
+            args.lock = lock(out, args)                     # (the other one moved, too)
         D.writable(out / "last.pt")
     # Where the run starts: its own last step, or another run's checkpoint, or nothing
     last = G.load_checkpoint(out / "last.pt") if out and (out / "last.pt").exists() else None
@@ -172,6 +179,22 @@ def prepare(args):
     own = args.batch_size // args.world_size                # this process's slice of every batch
     args.own = slice(args.rank * own, (args.rank + 1) * own)
     return last, init
+
+
+def lock(out, args):
+    """Takes the run's folder for this process, or raises ValueError if another run has it. Returns
+    the open file that holds the lock: the system drops it with the process, however that ends."""
+    file = open(D.writable(out / ".lock"), "w") if args.main else None
+    try:
+        if file and fcntl:
+            # lockf, not flock: loader workers inherit the latter, and outlive a killed run a while
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{out} is in use, another run is training there; wait for it or stop it, "
+                         f"or choose another folder by --out") from None
+    except OSError:
+        pass                                                # a file system that knows no locks
+    return file
 
 
 # -----------------------------------------------------------------------------
@@ -364,13 +387,19 @@ class Log:
         self.latest, self.file = collections.deque(maxlen=100), None
         if not main:
             return
-        rows = []
+        self.path, rows = path, []
         if first and path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit()]
-        self.file = open(path, "w", newline="")
+            with open(path, newline="", errors="replace") as file:
+                rows = [row for row in csv.reader(line.replace("\0", "") for line in file)
+                        if len(row) == len(COLUMNS) and row[0].isdecimal()
+                        and int(row[0]) <= first]           # (not the half of a row, either)
+        beside = path.with_name("log.csv.tmp")              # as in save_checkpoint: old or new
+        with D.writing(path, beside):
+            with open(beside, "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+            os.replace(beside, path)
+            self.file = open(path, "a", newline="")
         self.writer = csv.writer(self.file)
-        self.writer.writerows([COLUMNS, *(row for row in rows if int(row[0]) <= first)])
 
     def write(self, step, losses, t, norm, skipped, speed):
         """losses (B,), t (B,) or None: the mean loss, and its mean in four bands of noise."""
@@ -381,9 +410,10 @@ class Log:
             bands = [f"{losses[band == k].mean():.7g}" if (band == k).any() else ""
                      for k in range(4)]
         if self.file:
-            self.writer.writerow([step, f"{self.latest[-1]:.7g}", *bands, f"{norm:.5g}", skipped,
-                                  f"{speed:.1f}"])
-            self.file.flush()
+            with D.writing(self.path):
+                self.writer.writerow([step, f"{self.latest[-1]:.7g}", *bands, f"{norm:.5g}",
+                                      skipped, f"{speed:.1f}"])
+                self.file.flush()
 
     def recent(self):
         """Mean loss of the last 100 steps."""
@@ -426,7 +456,8 @@ def plot_log(log, path):
         pen.line(points, fill=ink, width=3 if name == "loss" else 1)
         pen.text((x, 6), label, fill=ink, font=font)
         x += 24 + pen.textlength(label, font=font)
-    image.save(path)
+    with D.writing(path):
+        image.save(path)
 
 
 def provenance(args):
@@ -444,7 +475,25 @@ def flags_of(args):
     """The flags as plain values, for the checkpoint and for comparing on resume."""
     plain = {tuple: list, torch.device: str}
     return {k: plain.get(type(v), lambda same: same)(v) for k, v in vars(args).items()
-            if k not in ("main", "rank", "world_size", "own")}
+            if k not in ("main", "rank", "world_size", "own", "lock")}
+
+
+def check_resumable(args, last):
+    """ValueError if last.pt is not all of a run of this stage (ema.pt, say, under its name)."""
+    parts = [name for name in ("weights", "ema", "optimizer") if name not in last]
+    if parts or last["stage"] != args.stage:
+        what = f"lacks {', '.join(parts)}" if parts else f"is of stage {last['stage']}"
+        raise ValueError(f"{args.out}/last.pt {what}, so no run can go on from it; use --out for a "
+                         f"new run, or --no-resume")
+
+
+def check_moments(args, moments, weights):
+    """ValueError if an optimizer's saved state is not that of these weights."""
+    shapes = {k: [(), p.shape, p.shape] for k, p in enumerate(weights)}
+    saved = {k: [m[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+             for k, m in moments.items()}
+    if saved != shapes:
+        raise ValueError(f"{args.out}/last.pt is damaged: its optimizer does not fit its weights")
 
 
 def check_same_flags(args, saved):
@@ -469,7 +518,7 @@ def measure_latents(vae, dataset, args, n=512):
 
 
 def save(out, state, net, ema, optimizer, step, args, dataset, vae):
-    """last.pt: all of the run. ema.pt: what somebody else needs to sample from it."""
+    """ema.pt: what somebody else needs to sample from the run. last.pt: all of it."""
     if args.stage == "vae":
         measure_latents(ema, dataset, args)
         vae, weights, averaged = ema, net.state_dict(), ema.state_dict()
@@ -482,14 +531,15 @@ def save(out, state, net, ema, optimizer, step, args, dataset, vae):
              "made": provenance(args)}
     if isinstance(vae, G.VAE):
         state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
-    G.save_checkpoint(out / "last.pt", {**state, "weights": weights, "ema": averaged,
-                                        "optimizer": optimizer.state_dict()})
+    everything = {**state, "weights": weights, "ema": averaged,
+                  "optimizer": optimizer.state_dict()}
     half = lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     if isinstance(vae, G.VAE):
         state["vae"] = {**state["vae"], "weights": half(state["vae"]["weights"])}
     if args.stage != "vae":
         state["ema"] = half(averaged)
-    G.save_checkpoint(out / "ema.pt", state)
+    G.save_checkpoint(out / "ema.pt", state)                # first: a run is done when last.pt is,
+    G.save_checkpoint(out / "last.pt", everything)          # and then nobody writes ema.pt again
 
 
 # -----------------------------------------------------------------------------
@@ -548,7 +598,8 @@ def preview_vae(path, vae, dataset, args):
     error = np.square(clips / 255.0 - back / 255.0).mean((1, 2, 3, 4))
     labels = ["picture"] * len(clips) + ["round trip"] * len(clips)
     if args.main:
-        D.contact_sheet([*clips, *back], labels, columns=len(clips)).save(f"{path}.png")
+        with D.writing(f"{path}.png"):
+            D.contact_sheet([*clips, *back], labels, columns=len(clips)).save(f"{path}.png")
     return f"PSNR {-10 * np.log10(np.maximum(error, 1e-10)).mean():.1f} dB"
 
 
@@ -565,10 +616,9 @@ def preview_samples(path, net, vae, dataset, prompts, args):
     if args.main:
         sheets = [D.contact_sheet(clips, prompts, notes=notes, frame=f)
                   for f in range(clips.shape[1])]
-        if len(sheets) == 1:
-            sheets[0].save(f"{path}.png")
-        else:
-            D.save_gif(f"{path}.gif", sheets, args.fps)
+        file = f"{path}.{'gif' if len(sheets) > 1 else 'png'}"
+        with D.writing(file):
+            D.save_gif(file, sheets, args.fps) if len(sheets) > 1 else sheets[0].save(file)
     return verdict
 
 
@@ -635,6 +685,7 @@ def train(args):
     last, init = prepare(args)
     out, stop = Path(args.out), Stop(args)
     if last:
+        check_resumable(args, last)
         check_same_flags(args, last["args"])
     dataset, pictures, prompts = open_data(args)
     if last is None:
@@ -654,9 +705,11 @@ def train(args):
                                   fused=True)
     first = 0
     if last:
-        net.load_state_dict({**net.state_dict(), **last["weights"]})
-        ema.load_state_dict({**ema.state_dict(), **last["ema"]})
-        optimizer.load_state_dict(last["optimizer"])
+        G.load_weights(net, {**net.state_dict(), **last["weights"]}, f"{out}/last.pt")
+        G.load_weights(ema, {**ema.state_dict(), **last["ema"]}, f"{out}/last.pt")
+        moments = last["optimizer"]["state"]
+        check_moments(args, moments, trained)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         first = last["step"]
         print_main(args, f"resume: {out}/last.pt, step {first} of {args.steps}")
     if first >= args.steps:
@@ -805,7 +858,8 @@ def main(argv=None):
     try:
         return benchmark(args) if args.benchmark else train(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # (of a worker's error, which comes with its traceback, the last line)
+        print(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", file=sys.stderr)
         return 2
     finally:
         for worker in multiprocessing.active_children():    # they ignore SIGTERM: exit would wait
