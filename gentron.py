@@ -930,8 +930,10 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     # Only a real allocation tells: "cuda:7" is a good name, and so is a GPU of a broken driver
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        zero = torch.zeros(1, device=name)
+        zero.item()                                        # "meta" makes tensors without numbers
+        return zero.device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = first_line(error)
         raise ValueError(f"device '{name}' cannot be used ({reason}); try --device cpu") from None
 
@@ -988,10 +990,14 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)              # atomic: a reader sees the old file or the new
-    except (OSError, RuntimeError) as error:     # RuntimeError: torch's word for a full disk
-        if os.path.exists(temporary):
+    except (OSError, RuntimeError) as error:     # RuntimeError: torch's word for a full disk,
+        while not isinstance(error, OSError) and error.__context__:
+            error = error.__context__            # "unexpected pos 768": what went before says why
+        if os.path.lexists(temporary):
             os.remove(temporary)
-        raise OSError(f"cannot write {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OSError(f"cannot write {path}: {reason}; make room there, or choose another folder; "
+                      f"what was there is untouched") from None
 
 
 def load_checkpoint(path):
