@@ -1160,7 +1160,9 @@ class Folder:
             stream = _video(file, self.size)
         else:
             stream = _animation(file, self.size, self.frames)
-        return np.stack(_sample(stream, self.frames, self.fps))
+        with warnings.catch_warnings():                      # what is odd about a file, and can be
+            warnings.simplefilter("ignore")                  # read all the same, is not our topic
+            return np.stack(_sample(stream, self.frames, self.fps))
 
 
 def _pictures_in(folder):

@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -705,8 +705,9 @@ def train(args):
                                   fused=True)
     first = 0
     if last:
-        G.load_weights(net, {**net.state_dict(), **last["weights"]}, f"{out}/last.pt")
-        G.load_weights(ema, {**ema.state_dict(), **last["ema"]}, f"{out}/last.pt")
+        for module, part in ((net, "weights"), (ema, "ema")):
+            load = module.load if args.stage != "vae" else partial(G.load_weights, module)
+            load(last[part], f"{out}/last.pt")
         moments = last["optimizer"]["state"]
         check_moments(args, moments, trained)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
