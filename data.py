@@ -4,8 +4,8 @@ data.py: what the model eats.
     python data.py --preview out.png              # look at the dataset, captions under the pictures
     python data.py --preview out.gif --frames 8    # the same for clips
 
-Three sources, one interface. An item is a clip and its caption: (uint8 array (F, H, W, 3), str),
-and a picture is a clip with F = 1.
+Three sources. An item is a clip and its caption: (uint8 array (F, H, W, 3), str), and a picture is
+a clip with F = 1; the third has latents in place of pixels.
 
   1. The shapes world: pictures drawn from their captions. Because the truth is known, a *judge*
      can read a picture back and say whether it shows what was asked: text alignment is measured
@@ -32,6 +32,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -1287,18 +1288,152 @@ def _rgb(image):
 
 
 # -----------------------------------------------------------------------------
-# 7. One door
+# 7. The cache: latents and text features, stored by `train.py --stage encode`
+# -----------------------------------------------------------------------------
+#
+#   index.json          what all shards share: how many items, their shapes, who encoded them
+#   00000.latents.npy   (n, F, C, h, w) fp16: the first n = SHARD items
+#   00000.text0.npy     (T, D_0) fp16: the first encoder's tokens of one text after the other, real
+#                       ones only, as padding would be most of the file; text1: the second encoder's
+#   00000.pooled.npy    (m, P) fp16: the texts' pooled features
+#   00000.json          captions: one an item. texts: the m different ones among them, "" (the null
+#                       text) first. offsets: for each encoder m + 1 numbers, text j is rows
+#                       offsets[j] : offsets[j + 1]. Written last: a shard that has it is whole.
+#   00001.latents.npy   the next n items, and so on: no file grows with the dataset
+
+SHARD = 8192            # items a shard: 64 MB of 32x32x4 latents
+
+
+def cache_index(path):
+    """What index.json says, a dict, or None if this folder is no cache."""
+    try:
+        index = json.loads((Path(path) / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None                                          # somebody's pictures, perhaps
+    return index if isinstance(index, dict) and index.get("format") == "gentron cache" else None
+
+
+def save_json(path, content):
+    """Writes a JSON file that is whole, or not there at all."""
+    path = Path(path)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def save_shard(folder, k, latents, captions, texts, tokens, pooled):
+    """Writes shard k: latents (n, F, C, h, w), n captions, the m different texts among them ("" the
+    first), and if encoders were asked: tokens, for each encoder m arrays (L, D), pooled (m, P)."""
+    name = lambda part: Path(folder) / f"{k:05d}.{part}"
+    # fp16: half of fp32's bytes, and finer than bf16 between -1000 and 1000, where all of it lies
+    half = lambda x: np.clip(x, -65504, 65504).astype(np.float16)
+    np.save(name("latents.npy"), half(latents))
+    for e, rows in enumerate(tokens):
+        np.save(name(f"text{e}.npy"), half(np.concatenate(rows)))
+    if tokens:
+        np.save(name("pooled.npy"), half(pooled))
+    offsets = [np.cumsum([0, *map(len, rows)]).tolist() for rows in tokens]
+    save_json(name("json"), {"captions": captions, "texts": texts, "offsets": offsets})
+
+
+class Cache:
+    """A folder that `train.py --stage encode` wrote; cache[places] -> fp16 latents (B, F, C, h, w)
+    and B captions, read from memory-mapped files: nothing is decoded, and what was read before
+    comes from the system's memory.
+
+    `size`, `frames`, `fps`, `labels`, `vocabulary` are those of the data that was encoded; `vae`
+    and `encoders` say by whom (see `fingerprint` in train.py). Raises ValueError for a cache that
+    is not finished, damaged, or of another size or length than asked for."""
+    def __init__(self, path, size=None, frames=None):
+        self.root, index = Path(path), cache_index(path)
+        if index is None:
+            raise ValueError(f"no cache, {path}; make one: python train.py --stage encode")
+        try:
+            self.n, self.shape = index["items"], tuple(index["shape"])
+            self.size, self.frames, self.fps = tuple(index["size"]), index["frames"], index["fps"]
+            self.labels, self.vocabulary = index["labels"], index["vocabulary"]
+            self.vae, self.encoders = index["vae"], index["encoders"]
+            self.shard = index["shard"]
+            missing = [k for k in range(-(-self.n // self.shard))
+                       if not (self.root / f"{k:05d}.json").is_file()]
+            if missing:
+                raise ValueError(f"cache not finished, {path} lacks {len(missing)} shards; run the "
+                                 f"same train.py --stage encode again, it goes on")
+            self.captions, self.where = [], {}               # where: text -> (shard, row)
+            self.offsets = []                                # [shard][encoder][row]
+            for k in range(-(-self.n // self.shard)):
+                part = json.loads((self.root / f"{k:05d}.json").read_text(encoding="utf-8"))
+                self.captions += part["captions"]
+                self.offsets.append(part["offsets"])
+                if self.encoders:
+                    for row, text in enumerate(part["texts"]):
+                        self.where.setdefault(text, (k, row))
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"damaged cache, {path} ({error!r:.80}); encode again") from None
+        if len(self.captions) != self.n:
+            raise ValueError(f"damaged cache, {path}: {len(self.captions)} captions for {self.n} "
+                             f"items; encode again")
+        if size and tuple(size) != self.size:
+            raise ValueError(f"cache of another size, {path} holds {self.size[0]}x{self.size[1]}, "
+                             f"not {size[0]}x{size[1]}; encode again, or leave out --size")
+        if frames and frames != self.frames:
+            raise ValueError(f"cache of another length, {path} has {self.frames} frames an item, "
+                             f"not {frames}; encode again with --frames {frames}")
+        # A cache of millions has more files than a process may hold open: the last used stay
+        self.open = lru_cache(maxsize=256)(self._open)
+
+    def __len__(self):
+        return self.n
+
+    def _open(self, k, part):
+        """The array of one file, mapped into memory: reading touches only the rows asked for."""
+        try:
+            return np.load(self.root / f"{k:05d}.{part}.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"damaged cache, {self.root} ({error}); encode again") from None
+
+    def __getitem__(self, places):
+        places = np.asarray(places)
+        latents = np.empty((len(places), *self.shape), np.float16)
+        order = np.argsort(places)                           # read forwards, file by file
+        shards = places[order] // self.shard
+        for k in np.unique(shards):
+            mine = order[shards == k]
+            latents[mine] = self.open(int(k), "latents")[places[mine] % self.shard]
+        return latents, [self.captions[i] for i in places]
+
+    def text(self, caption):
+        """The features of a caption of this cache, or of "": fp16 tokens, for each encoder an array
+        (L, D), and pooled (P,). KeyError if the caption is not here."""
+        k, row = self.where[caption]
+        ends = [offsets[row:row + 2] for offsets in self.offsets[k]]
+        tokens = [self.open(k, f"text{e}")[a:b] for e, (a, b) in enumerate(ends)]
+        return tokens, self.open(k, "pooled")[row]
+
+    def report(self):
+        """What is in it, as lines to print."""
+        by = f"text features by {self.encoders['spec']}" if self.encoders else "captions"
+        shape = "x".join(map(str, self.shape))
+        return [f"{self.root}: cache of {self.n:,} items, latents {shape} of "
+                f"{self.size[0]}x{self.size[1]} pixels, {by}"]
+
+
+# -----------------------------------------------------------------------------
+# 8. One door
 # -----------------------------------------------------------------------------
 
 def open_data(name, size=(64, 64), frames=1, fps=4, level="basic", n=10_000, seed=0):
-    """"shapes" -> Shapes, anything else -> Folder. Raises ValueError as Folder does."""
+    """"shapes" -> Shapes, a cache's folder -> Cache, anything else -> Folder. Raises ValueError as
+    these do."""
     if name == "shapes":
         return Shapes(level, n, seed, size, frames)
+    if cache_index(name):
+        return Cache(name, size, frames)
     return Folder(name, size, frames, fps)
 
 
 # -----------------------------------------------------------------------------
-# 8. Looking at it
+# 9. Looking at it
 # -----------------------------------------------------------------------------
 
 def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):
@@ -1380,7 +1515,7 @@ def save_mp4(path, images, fps=4):
 
 
 # -----------------------------------------------------------------------------
-# 9. Command lines (train.py and sample.py use these too)
+# 10. Command lines (train.py and sample.py use these too)
 # -----------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf, above=False):
@@ -1465,6 +1600,9 @@ def main(argv=None):
         if out.suffix.lower() not in (".png", ".gif"):
             better = out.with_suffix(".png")
             raise ValueError(f"cannot write '{out.suffix}' files, {out}; try {better}")
+        if cache_index(args.data):
+            raise ValueError(f"nothing to look at, {args.data} holds latents; try the folder that "
+                             f"they were made of")
         data = open_data(args.data, args.size, args.frames, args.fps, args.world, args.n, args.seed)
         print("\n".join(data.report()) if isinstance(data, Folder) else
               f"the shapes world ({args.world}), seed {args.seed}")

@@ -179,10 +179,13 @@ class Attention(nn.Module):
         return self.split(k), self.split(v)
 
     def forward(self, x, kv=None, mask=None, pos=None, motion=None):
-        """x (B, T, D); kv from `keys_values`, or None for self-attention; mask bool (B, L);
-        pos (T, D), seen by queries and keys only; motion bool (B,). Returns (B, T, D)."""
+        """x (B, T, D); kv: what is looked at, None = x itself, or tokens (B, L, kv_dim), or the k
+        and v that `keys_values` made of them; mask bool (B, L); pos (T, D), seen by queries and
+        keys only; motion bool (B,). Returns (B, T, D)."""
         q = self.split(self.q(x))                                          # (B, h, T, D/h)
-        k, v = self.keys_values(x) if kv is None else kv                   # (B, h, L, D/h)
+        if not isinstance(kv, tuple):
+            kv = self.keys_values(x if kv is None else kv)
+        k, v = kv                                                          # (B, h, L, D/h)
         if pos is not None:
             # q and k read x + pos, v reads x. W (x + p) = W x + W p, and W p is the same for all.
             # The first D rows of kv's weight make the keys.
@@ -213,7 +216,8 @@ class Block(nn.Module):
                                  nn.Linear(cfg.mlp_ratio * D, D))
 
     def forward(self, x, c, kv, mask, frames, pos, motion):
-        """x (B, F N, D), c (B, D), kv and mask the text's, pos (F, D), motion bool (B,)."""
+        """x (B, F N, D), c (B, D), kv the text's tokens (B, L, text_dim) or their `keys_values`,
+        mask the text's, pos (F, D), motion bool (B,). Returns (B, F N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = \
             self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)           # each (B, 1, D)
         # addcmul(x, gate, y) is x + gate y, without the product in between
@@ -224,6 +228,10 @@ class Block(nn.Module):
             # no shift, scale or gate, as in cross-attention: c acts on DiT's own two branches
             x = x + self.across_frames(norm(x), frames, pos, motion)
         return torch.addcmul(x, gate2, self.mlp(modulate(norm(x), shift2, scale2)))
+
+    def keys_values(self, tokens):
+        """A text (B, L, text_dim) -> the k and v that `forward` takes in its place, or None."""
+        return None if self.cross is None else self.cross.keys_values(tokens)
 
     def within_frames(self, x, frames):
         """Self-attention among the N tokens of each frame: (B, F N, D) -> (B, F N, D)."""
@@ -271,7 +279,7 @@ class Text:
 class ReadText:
     """What the Transformer makes of a Text: keys and values for each block, its mask, and pooled
     text as channels of D. It depends on neither z nor t, so sampling computes it once a prompt."""
-    kv: list                             # a block: (k, v), each (B, h, L, D / h), or None
+    kv: list                             # a block: (k, v), each (B, h, L, D / h); tokens; or None
     mask: list                           # a block: bool (B, L), of the encoder which it reads
     pooled: torch.Tensor                 # (B, D), or 0 if the model reads no text
 
@@ -319,8 +327,11 @@ class GenTron(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def read(self, text):
-        """Text -> ReadText. Raises ValueError if text's widths are not those of `cfg.text_dims`."""
+    def read(self, text, keep=True):
+        """Text -> ReadText. keep: make all blocks' keys and values now, for the many steps of
+        sampling; training needs them once, and leaves them to each block's forward: FSDP has a
+        block's weights at hand only there, and what is recomputed there is not stored. Raises
+        ValueError if text's widths are not those of `cfg.text_dims`."""
         if self.pooled is None:                            # a model without text ignores it
             return ReadText([None] * self.cfg.depth, [None] * self.cfg.depth, 0)
         dims = tuple(x.shape[-1] for x in text.tokens)
@@ -331,7 +342,7 @@ class GenTron(nn.Module):
         kv, mask = [], []
         for k, block in enumerate(self.blocks):
             i = k % len(tokens)                            # interleaved, as in __init__
-            kv.append(block.cross.keys_values(tokens[i]) if block.cross is not None else None)
+            kv.append(block.keys_values(tokens[i]) if keep else tokens[i])
             mask.append(text.mask[i])
         return ReadText(kv, mask, self.pooled(text.pooled))
 
@@ -342,8 +353,9 @@ class GenTron(nn.Module):
         p, D = self.cfg.patch_size, self.cfg.width
         if H % p or W % p:
             raise ValueError(f"latents of {H} x {W} are not divisible by patch size {p}")
-        # (sampling hands in a ReadText: keys and values made once a prompt, not once a step)
-        text = text if isinstance(text, ReadText) else self.read(text)
+        # Sampling hands in a ReadText: keys and values made once a prompt, not once a step. (Not
+        # self.read: FSDP wraps that one for calls from outside, and we are inside already.)
+        text = text if isinstance(text, ReadText) else GenTron.read(self, text, keep=False)
         x = self.patch(patchify(z, p))                                     # (B, F N, D)
         x = x + grid_positions(H // p, W // p, D, z.device).repeat(frames, 1)     # + (F N, D)
         c = self.time(sincos(t, 256)) + text.pooled                        # (B, D)
@@ -1171,16 +1183,18 @@ def build_vae(state):
     return vae.requires_grad_(False).eval()
 
 
-def build_net(state, weights="ema"):
+def build_net(state, weights="ema", text=None):
     """The Net that a t2i or t2v checkpoint describes, in eval mode on the CPU. weights: "ema", or
-    "weights" for the raw ones. Raises ValueError if it has no such weights, or they do not fit."""
+    "weights" for the raw ones. text: a ready encoder, to build none. Raises ValueError if it has no
+    such weights, or they do not fit."""
     if "config" not in state:
         raise ValueError("the checkpoint holds an autoencoder only, no text-to-image model")
     if state.get(weights) is None:
         raise ValueError(f"the checkpoint holds no {'EMA' if weights == 'ema' else 'raw'} weights")
     schedule = NoiseSchedule(**state["schedule"])
     with torch.device("meta"), Unfilled():       # (see build_vae)
-        net = Net(GenTron(GenTronConfig(**state["config"])), TextEncoder(**state["text"]), schedule)
+        text = TextEncoder(**state["text"]) if text is None else text
+        net = Net(GenTron(GenTronConfig(**state["config"])), text, schedule)
     net.load(fp32(state[weights]), "the checkpoint", assign=True)
     return net.eval()
 

@@ -298,20 +298,19 @@ def record_of(sampler):
             "numpy": np.__version__}
 
 
-def grade(name, prompts, clips, truth):
+def grade(name, prompts, clips):
     """Lets the judge read one category -> its entry of the record, and what failed as (clip,
-    prompt, reasons). truth: the prompts' true clips after a round trip through the autoencoder;
-    how often they pass is the ceiling of whatever is sampled through it."""
+    prompt, reasons)."""
     verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
-    right = [D.passed(verdict, name) for verdict in verdicts]
-    ceiling = [D.passed(D.judge(clip, prompt), name) for clip, prompt in zip(truth, prompts)]
-    entry = {"score": float(np.mean(right)), "interval": wilson(sum(right), len(right)),
-             "ceiling": float(np.mean(ceiling)), "n": len(right)}
+    right, n = [D.passed(verdict, name) for verdict in verdicts], len(prompts)
+    entry = {"n": n, "score": float(np.mean(right)), "interval": wilson(sum(right), n)}
     for number in verdicts[0].numbers:                      # frames_right, colors_present, flicker
-        entry[number] = float(np.mean([verdict.numbers[number] for verdict in verdicts]))
+        values = [verdict.numbers[number] for verdict in verdicts]
+        entry[number] = float(np.mean(values))
+        entry[f"{number}_error"] = float(1.96 * np.std(values) / math.sqrt(n))
     if "motion" in verdicts[0].parts:                       # every thing does what it was told to
-        entry["moves_right"] = float(np.mean([v.parts["motion"] and v.parts["stillness"]
-                                              for v in verdicts]))
+        moves = sum(v.parts["motion"] and v.parts["stillness"] for v in verdicts)
+        entry["moves_right"], entry["moves_interval"] = moves / n, wilson(moves, n)
     entry["prompts_hash"] = f"{zlib.crc32(chr(10).join(prompts).encode()):08x}"
     entry["verdicts"] = [{"prompt": p, "right": ok, "reasons": v.reasons, **v.parts, **v.numbers}
                          for p, v, ok in zip(prompts, verdicts, right)]
@@ -320,15 +319,26 @@ def grade(name, prompts, clips, truth):
     return entry, failures
 
 
+def ceiling(sampler, name, prompts):
+    """How often the truth passes after a round trip through the autoencoder, 0 .. 1: nothing that
+    is sampled through it can be expected to do better."""
+    clips = [D.truth(prompt, 0, sampler.size, sampler.args.frames) for prompt in prompts]
+    back = sampler.round_trip(clips)
+    return float(np.mean([D.passed(D.judge(c, prompt), name) for c, prompt in zip(back, prompts)]))
+
+
 def table_columns(args, swept):
     """The table's columns: [(title, width, function of a setting, a category and its entry)]."""
     share = lambda key: lambda one, name, entry: f"{100 * entry[key]:.1f}"
+    range_ = lambda key: lambda one, name, entry: percent(*entry[key])
     columns = [(flag, 6, lambda one, name, entry, flag=flag: shown(getattr(one, flag)))
                for flag in swept if flag != "ckpt"]         # checkpoints get a line of their own
-    columns += [("category", 14, lambda one, name, entry: name), ("right", 6, share("score")),
-                ("95 %", 7, lambda one, name, entry: percent(*entry["interval"]))]
+    columns += [("category", 14, lambda one, name, entry: name),
+                ("right", 6, share("score")), ("95 %", 7, range_("interval"))]
     if args.frames > 1:                                     # all of a clip's motions; its frames
-        columns += [("moves", 6, share("moves_right")), ("frames", 7, share("frames_right")),
+        columns += [("moves", 7, share("moves_right")), ("95 %", 7, range_("moves_interval")),
+                    ("frames", 7, share("frames_right")),
+                    ("+-", 5, share("frames_right_error")),
                     ("flicker", 8, lambda one, name, entry: f"{entry['flicker']:.2f}")]
     return columns + [("colours", 8, share("colors_present")), ("ceiling", 8, share("ceiling")),
                       ("n", 5, lambda one, name, entry: str(entry["n"]))]
@@ -341,7 +351,7 @@ def bench(args):
     sheet_path = D.writable(args.out or "bench.png")
     if args.prompt or args.prompts:
         raise ValueError("--bench asks its own prompts; leave out yours, or --bench")
-    asked, records, failures, truth = bench_prompts(args), [], [], {}
+    asked, records, failures, ceilings = bench_prompts(args), [], [], {}
     swept = [flag for flag in ("ckpt", "cfg", "motion", "steps")
              if len(getattr(args, flag) or ()) > 1]
     columns = table_columns(args, swept)
@@ -352,12 +362,11 @@ def bench(args):
             print("".join(f"{title:>{width}}" for title, width, _ in columns))
         record = {**record_of(sampler), "categories": {}}
         for name, (prompts, seeds) in asked.items():
-            # The ceiling depends on the autoencoder and the prompts, not on the other flags
-            if (one.ckpt, name) not in truth:
-                true = [D.truth(prompt, 0, sampler.size, one.frames) for prompt in prompts]
-                truth[one.ckpt, name] = sampler.round_trip(true)
-            clips = sampler(prompts, seeds, name)
-            entry, failed = grade(name, prompts, clips, truth[one.ckpt, name])
+            entry, failed = grade(name, prompts, sampler(prompts, seeds, name))
+            # it depends on the autoencoder and the prompts, not on the other flags
+            if (one.ckpt, name) not in ceilings:
+                ceilings[one.ckpt, name] = ceiling(sampler, name, prompts)
+            entry["ceiling"] = ceilings[one.ckpt, name]
             record["categories"][name] = entry
             failures += failed
             print("".join(f"{text(one, name, entry):>{width}}" for _, width, text in columns),
@@ -399,16 +408,15 @@ def drawn_pairs(args):
         asked = bench_prompts(args)
     labels = [name for name, (prompts, _) in asked.items() for _ in prompts]
     prompts, seeds = (list(itertools.chain(*part)) for part in zip(*asked.values()))
-    clips = []
-    for path in args.compare:
-        sampler = Sampler(args, path)
+    both = [Sampler(args, path) for path in args.compare]   # refused, if at all, before any work
+    for sampler in both:
         introduce(sampler)
         check_words(sampler.net.text, prompts)
-        clips.append(sampler(prompts, seeds))
-    if clips[0].shape != clips[1].shape:
-        raise ValueError(f"the two draw at different sizes, {clips[0].shape[2:4]} and "
-                         f"{clips[1].shape[2:4]}; give one by --size")
-    return *clips, prompts, labels, sampler.fps
+    if both[0].size != both[1].size:
+        raise ValueError(f"the two draw at different sizes, {both[0].size} and {both[1].size}; "
+                         f"give one by --size")
+    clips = [sampler(prompts, seeds, sampler.path) for sampler in both]
+    return *clips, prompts, labels, both[0].fps
 
 
 def folder_pairs(args):
@@ -640,6 +648,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C: nothing more was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

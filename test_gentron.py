@@ -13,6 +13,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here needs a network
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
 
+import base64
+import contextlib
 import csv
 import io
 import json
@@ -1707,6 +1709,206 @@ def test_one_batch_can_be_overfitted():
     assert losses[0] > 0.5 and losses[-1] < 0.02
 
 
+def test_a_checkpoint_goes_on_at_another_size(tmp_path, capsys):
+    """Resolution stages: 256 then 512 in the paper; here 32x32, then 48x64, which is not square."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    first = run_train(tmp_path, "--vae", vae, "--steps", "2", "--size", "32", out="first")
+    more = ["--init", str(first / "ema.pt"), "--size", "48x64", "--steps", "3", "--lr", "0.01"]
+    second = run_train(tmp_path, *more, out="second")
+    before, after = (G.load_checkpoint(run / "ema.pt") for run in (first, second))
+    assert before["size"] == [32, 32] and after["size"] == [48, 64]
+    assert before["ema"].keys() == after["ema"].keys() and "0 are new" in capsys.readouterr().out
+    ups = [not torch.equal(before["ema"][k], after["ema"][k]) for k in before["ema"]]
+    assert sum(ups) > len(ups) / 2                          # it trained on
+    for run, size, shape in ((second, [], (48, 64)), (first, ["--size", "64x96"], (64, 96)),
+                             (second, ["--size", "32"], (32, 32))):
+        assert sample.main(["a red circle", "--ckpt", str(run / "ema.pt"), "--steps", "2", *size,
+                            "--per-prompt", "2", "--out", f"{tmp_path}/out/"]) == 0
+        assert np.asarray(Image.open(tmp_path / "out/00001.png")).shape == (*shape, 3)
+    # one set of weights on another grid is another function, of the same parameters
+    net = G.build_net(after)
+    read = net.model.read(net.text(["a red circle"]))
+    small, large = (net.model(noise(1, 1, 4, *s), torch.tensor([500]), read)
+                    for s in ((4, 4), (6, 12)))
+    assert small.shape[3:] == (4, 4) and large.shape[3:] == (6, 12) and large.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+def test_compiled_blocks_train_alike(tmp_path):
+    """The same losses, gradient norms and plain names, alone, recomputing, and cut up."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = ["--vae", vae, "--steps", "4", "--lr", "0.01"]
+    plain, compiled, again = (run_train(tmp_path, *flags, *more, out=f"run {len(more)}")
+                              for more in ([], ["--compile"],
+                                           ["--compile", "--checkpoint-activations"]))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0             # something was compiled
+    together([[*SMALL, *flags, "--compile", "--fsdp", "--out", str(tmp_path / "cut")]], tmp_path)
+    weights = G.load_checkpoint(plain / "last.pt")["weights"]
+    for run in (compiled, again, tmp_path / "cut"):
+        assert np.abs(logged(run) / logged(plain) - 1).max() < 1e-4, run
+        assert G.load_checkpoint(run / "last.pt")["weights"].keys() == weights.keys()
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+# -----------------------------------------------------------------------------
+
+def together(jobs, cwd, processes=2, before=""):
+    """Runs train.main(flags) for each of the jobs in turn, on gloo processes of the CPU; `before`
+    is Python to run first."""
+    import socket
+    with contextlib.ExitStack() as stack:                   # free ports, all different
+        sockets = [stack.enter_context(socket.socket()) for _ in jobs]
+        for s in sockets:
+            s.bind(("localhost", 0))
+        ports = [str(s.getsockname()[1]) for s in sockets]
+    code = (f"import json, os, sys, train\n{before}\n"
+            "for flags, port in zip(*json.loads(sys.argv[1])):\n"
+            "    os.environ['MASTER_PORT'] = port\n"
+            "    assert train.main(flags) == 0, flags\n")
+    running = [subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps([jobs, ports])], cwd=cwd, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "PYTHONPATH": str(HERE),
+             "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}) for rank in range(processes)]
+    try:
+        outs = [process.communicate(timeout=900)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), "\n".join(outs)[-3000:]
+    return outs
+
+
+def logged(run):
+    """Loss and gradient norm of a run's steps, (steps, 2) numbers."""
+    return np.array([[float(row["loss"]), float(row["grad_norm"])]
+                     for row in csv.DictReader(open(run / "log.csv"))])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    """20 clipped steps on 1 process, on 2 with copies, on 2 with shards, and moved from 1 to 2 and
+    from 2 to 1 after step 10: the same losses, norms, weights, averages and previews."""
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = [*SMALL, "--vae", vae, "--lr", "0.02", "--grad-accum", "2"]
+    job = lambda name, steps, *more: [*flags, *more, "--steps", str(steps),
+                                      "--out", str(tmp_path / name)]
+    often = ["--sample-every", "5"]         # previews must not disturb the run, nor lag behind it
+    assert train.main(job("one", 20, *often)) == train.main(job("1 to 2", 10)) == 0
+    together([job("copies", 20), job("shards", 20, "--fsdp", *often),
+              job("1 to 2", 20, "--fsdp"), job("2 to 1", 10, "--fsdp")], tmp_path)
+    assert train.main(job("2 to 1", 20)) == 0
+    one, loss = G.load_checkpoint(tmp_path / "one" / "last.pt"), logged(tmp_path / "one")
+    assert len(loss) == 20 and loss[:, 1].max() > 1         # clipping had something to do
+    for name in ("copies", "shards", "1 to 2", "2 to 1"):
+        error = np.abs(logged(tmp_path / name) / loss - 1).max(0)
+        assert error[0] < 1e-5 and error[1] < 2e-4, (name, error)       # norms: five digits logged
+        last = G.load_checkpoint(tmp_path / name / "last.pt")
+        for part in ("weights", "ema"):                     # plain tensors by plain names
+            assert one[part].keys() == last[part].keys()
+            for key, x in one[part].items():
+                assert type(last[part][key]) is torch.Tensor
+                assert largest(x, last[part][key]) < 1e-4, (name, part, key)
+        for path in sorted((tmp_path / name / "samples").glob("*[50].png"))[-2:]:
+            drawn, ours = np.asarray(Image.open(path), int), tmp_path / "one/samples" / path.name
+            assert abs(drawn - np.asarray(Image.open(ours), int)).max() <= 2, path
+
+
+# -----------------------------------------------------------------------------
+# Sizes and speeds
+# -----------------------------------------------------------------------------
+
+def test_flops_are_those_of_the_products_by_hand():
+    D, N, L, K = 32, 6, train.WORDS, 24
+    cfg = G.GenTronConfig(depth=3, width=D, heads=4, text_dims=(K,))
+    per_token = 4 * D * D + 8 * D * D + 2 * D * D           # attention, MLP, cross q and out
+    block = N * per_token + 6 * D * D + 2 * L * K * D + 2 * N * (N + L) * D
+    ends = 2 * N * 16 * D + 2 * D * D + 256 * D + D * D + K * D
+    assert train.count_flops(cfg, (5, 1, 4, 4, 6)) == 5 * 2 * (3 * block + ends)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_is_that_of_an_allocated_model(again, bf16):
+    """Weights exactly; what the forward pass saves, to a few per cent, though it is a straight line
+    through smaller models."""
+    cfg = G.GenTronConfig(depth=6, width=64, heads=2, text_dims=(24, 40), temporal=True)
+    model = G.GenTron(cfg).train()
+    model.checkpoint_activations = again
+    assert train.count_weights(cfg) == sum(p.numel() for p in model.parameters())
+    kept, inside = {}, []
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+    text = some_text((24, 40), B=3, L=train.WORDS)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(noise(3, 2, 4, 8, 8), torch.tensor([9.0, 500.0, 900.0]), text)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    real = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
+    assert train.count_saved(cfg, (3, 2, 4, 8, 8), bf16, again) == pytest.approx(real, rel=0.02)
+    fixed, an_item = train.count_activations(cfg, (1, 2, 4, 8, 8), bf16, again)
+    inside = train.count_saved(cfg, (3, 2, 4, 8, 8), bf16, False) / 6 if again else 0
+    assert fixed + 3 * an_item == pytest.approx(real + inside, rel=0.03)
+
+
+def test_dry_run_of_the_largest_allocates_nothing(tmp_path):
+    code = ("import resource, sys, train\ncode = train.main(['--preset', 'G/2', '--dry-run'])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 'GB')\nsys.exit(code)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(HERE)})
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and float(lines[-1].split()[0]) < 3 and not os.listdir(tmp_path)
+    assert "3065.0 M parameters, 3597.0 M with temporal" in lines[1]
+    rows = [line.split("  ") for line in lines if line.startswith(("no flag", "--"))]
+    rows = {row[0]: [float(cell) for cell in row[1:] if cell.strip()] for row in rows}
+    assert rows["no flag"][:4] == [12.26, 12.26, 24.52, 12.26] and len(rows) == 8
+    for flags, row in rows.items():
+        assert row[5] == pytest.approx(sum(row[:5]), abs=0.03)
+        if flags != "no flag":
+            assert row[5] < rows["no flag"][5]
+
+
+def test_benchmark_tells_speeds_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--benchmark", "--stage", "t2v", "--steps", "2", "--batch-size", "2"]
+    assert train.main(flags) == 0                           # 1, 4, 8, 16, 32 frames
+    out = capsys.readouterr().out
+    number = r"([\d.e+-]+)"
+    rows = re.findall(rf"(\d+) frames, +(\d+) tokens, {number} M: {number} s a step, {number} "
+                      rf"\w+/s, {number} TFLOP/s \((\d+)%\), peak {number} GB", out)
+    assert [int(row[0]) for row in rows] == [1, 4, 8, 16, 32]
+    for frames, tokens, _, seconds, rate, flops, share, gb in rows:
+        assert int(tokens) == 16 * int(frames) and 0.1 < float(gb) < 20
+        assert float(rate) * float(seconds) == pytest.approx(2, rel=0.2) and int(share) < 130
+        cfg = G.GenTronConfig(depth=2, width=32, heads=2, text_dims=(128,), temporal=True)
+        work = 3 * train.count_flops(cfg, (2, int(frames), 4, 8, 8))        # forward and backward
+        assert float(flops) * float(seconds) == pytest.approx(work / 1e12, rel=0.2)
+    assert re.search(rf"guided sampling step, 8 frames: {number} ms .* {number} times as fast", out)
+    assert train.main([*flags, "--frames", "1"]) == 0 and "  1 frames" in capsys.readouterr().out
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["gpu", "cpu", "python", "else"])
+def test_out_of_memory_is_one_line_that_names_flags(tmp_path, monkeypatch, capsys, what):
+    def forward(*_):
+        if what == "cpu":
+            torch.empty(10 ** 15)                           # the real thing
+        raise {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+               "python": MemoryError()}.get(what, RuntimeError("something else"))
+    monkeypatch.setattr(G.Net, "forward", forward)
+    flags = [*SMALL, "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--steps", "2", "--grad-accum",
+             "2", "--out", str(tmp_path / "run")]
+    if what == "else":
+        with pytest.raises(RuntimeError, match="something else"):
+            train.main(flags)
+    else:
+        refused(train, flags, "--grad-accum 4, --checkpoint-activations", capsys)
+
+
 # -----------------------------------------------------------------------------
 # Pretrained parts: the real loading code, on tiny random models saved to disk
 # -----------------------------------------------------------------------------
@@ -1790,6 +1992,373 @@ def test_missing_pretrained_parts_are_one_clear_line(tmp_path, monkeypatch, caps
         with monkeypatch.context() as context:
             context.setitem(sys.modules, package, None)             # as if it were not installed
             refused(train, [*SMALL, *flags], "pip install -e '.[pretrained]'", capsys)
+
+
+# -----------------------------------------------------------------------------
+# The blind study page, driven in a headless Chromium
+# -----------------------------------------------------------------------------
+
+QUESTIONS = {"looks": "Which looks better?", "fits": "Which fits the text better?"}
+VOTES = {"format": "gentron-votes", "version": 1, "study": "0badcafe"}
+
+
+def write_study(path):
+    """assets/study.html filled as sample.py fills it: 6 pairs, a's pictures red and b's blue."""
+    def picture(*colour):
+        Image.new("RGB", (8, 8), colour).save(file := io.BytesIO(), "PNG")
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    pairs = [{"key": f"p{k}", "prompt": f"prompt {k} <i>" + k // 5 * 70 * "x",
+              "a": picture(200 + k, 0, 0), "b": picture(0, 0, 200 + k)} for k in range(6)]
+    questions = [{"key": key, "text": text} for key, text in QUESTIONS.items()]
+    study = {"id": "0badcafe", "title": "zebra against yak", "names": {"a": "zebra", "b": "yak"},
+             "questions": questions, "pairs": pairs}
+    before, after = (HERE / "assets/study.html").read_text("utf-8").split("/*STUDY*/null")
+    path.write_text(before + json.dumps(study).replace("<", "\\u003c") + after, "utf-8")
+    return {pair["prompt"]: pair for pair in pairs}
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    binary, driver = next(filter(None, found), None), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    options, downloads = webdriver.ChromeOptions(), tmp_path_factory.mktemp("downloads")
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        browser.downloads = downloads
+        yield browser
+
+
+@pytest.fixture
+def page(chromium, tmp_path):
+    """A new rater before the first pair, and the hands and eyes that the tests need."""
+    from selenium.webdriver.support.wait import WebDriverWait
+    pairs, js = write_study(tmp_path / "study.html"), chromium.execute_script
+    keys = dict(left="\ue012", right="\ue014", down="\ue015", space=" ", back="\ue003", u="u")
+    wait = WebDriverWait(chromium, 10, 0.02).until
+
+    def click(*ids):
+        for name in ids:
+            chromium.find_element("id", name).click()
+
+    def press(*names):
+        for name in names:
+            chromium.switch_to.active_element.send_keys(keys[name])
+
+    def texts(css):
+        return js("return [...document.querySelectorAll(arguments[0])]"
+                  ".filter(x => x.checkVisibility()).map(x => x.innerText)", css)
+
+    def now():
+        """(progress, pair, question, the system on the left) as seen; at the end progress alone."""
+        [count], prompt, question = texts("#progress"), texts("#prompt"), texts("[aria-current]")
+        if not prompt:
+            return count
+        pair = pairs[prompt[0].split("\n")[1]]
+        sources = js("return [...document.querySelectorAll('.pictures img')].map(x => x.src)")
+        assert set(sources) == {pair["a"], pair["b"]} and len(question) == 1
+        asked = next(key for key, text in QUESTIONS.items() if text == question[0])
+        return count, pair["key"], asked, "a" if sources[0] == pair["a"] else "b"
+
+    def save():
+        """The votes in the file that Save writes: [(pair, question, left, answer)]."""
+        for old in chromium.downloads.iterdir():
+            old.unlink()
+        click("save")
+        path, = wait(lambda _: [x for x in chromium.downloads.glob("*.json") if x.stat().st_size])
+        file = json.loads(path.read_text())
+        assert path.name == f"votes-0badcafe-{file['rater']}.json" and VOTES.items() <= file.items()
+        return [(v["pair"], v["question"], v["left"], v["answer"]) for v in file["votes"]]
+
+    def results(*contents):
+        """Open vote files 0.json, 1.json ... in the results view; a line each."""
+        for k, content in enumerate(contents):
+            text = content if isinstance(content, str) else json.dumps(VOTES | content)
+            (tmp_path / f"{k}.json").write_text(text)
+        click("toresults", "reveal")
+        paths = [str(tmp_path / f"{k}.json") for k in range(len(contents))]
+        chromium.find_element("id", "files").send_keys("\n".join(paths))
+        wait(lambda _: len(texts("#log li")) == len(paths))
+        return texts("#log li")
+
+    chromium.get((tmp_path / "study.html").as_uri())
+    js("newRater(); home()")                  # file:// pages share one storage
+    click("go")
+    return SimpleNamespace(js=js, click=click, press=press, texts=texts, now=now, save=save,
+                           results=results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, hands, undo", [
+    ("press", ["left", "down", "right", "space", "right"], ["u", "back"]),
+    ("click", ["left", "draw", "rightpic", "leftpic", "right"], ["undo", "undo"])])
+def test_study_votes_by_keys_and_by_clicks(page, how, hands, undo):
+    """Every answer is saved as what was on that side; undo takes back any number of them."""
+    act, seen, votes = getattr(page, how), [], []
+    for k in range(12):
+        seen.append(page.now())
+        count, pair, question, left = seen[-1]
+        assert count == f"{k} of 12"
+        act(hands[k % 5])
+        sides = {"left": left, "right": "ab"[left == "a"]}
+        votes.append((pair, question, left, sides.get(hands[k % 5].removesuffix("pic"), "draw")))
+    assert page.now() == "12 of 12" and page.save() == votes and len(set(votes)) == 12
+    for k in range(11, 3, -1):
+        act(undo[k % 2])
+        assert page.now() == seen[k]
+    act("right")
+    page.press("space")                       # a draw after a click too: no button kept the focus
+    assert page.save()[:4] == votes[:4] and [v[3] for v in page.save()[5:]] == ["draw"]
+
+
+@pytest.mark.slow
+def test_study_survives_a_reload_and_a_browser_without_storage(page, chromium):
+    page.press("left", "right", "down")
+    plan = "return plan.map(step => step.pair.key + step.left)"
+    before = page.now(), page.js(plan)
+    chromium.refresh()
+    assert (page.now(), page.js(plan)) == before and len(page.save()) == 3
+    page.click("fresh")                       # the next rater
+    chromium.switch_to.alert.accept()
+    page.click("go")
+    assert page.now()[0] == "0 of 12" and page.js(plan) != before[1]
+    page.press("left")
+    off = {"source": "Object.defineProperty(window, 'localStorage', {get() {throw Error('off')}})"}
+    script = chromium.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", off)
+    chromium.refresh()
+    chromium.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    page.click("go")
+    page.press("left", "right")
+    assert page.now()[0] == "2 of 12" and len(page.save()) == 2
+
+
+@pytest.mark.slow
+def test_study_sides_are_balanced_and_random(page):
+    plans = page.js("return Array.from({length: 200}, (_, seed) => makePlan(seed)"
+                    ".filter((_, i) => i % 2 == 0).map(step => step.pair.key + step.left))")
+    for plan in plans:
+        assert len({p[:2] for p in plan}) == 6 and sum(p[2] == "a" for p in plan) == 3
+    assert len({"".join(p[2] for p in plan) for plan in plans}) == 20       # 6 choose 3: no pattern
+    for k in range(6):                        # each pair comes on either side, at any place
+        assert 70 < sum(f"p{k}a" in plan for plan in plans) < 130
+        assert {i for plan in plans for i in range(6) if plan[i][:2] == f"p{k}"} == set(range(6))
+
+
+@pytest.mark.slow
+def test_study_voting_is_blind_and_offline_and_fits_a_phone(page, chromium):
+    """But for the pictures, the page is the same whichever system is on the left."""
+    for width, height in ((1000, 800), (360, 640)):
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(
+            width=width, height=height, deviceScaleFactor=1, mobile=width == 360))
+        shells, sides = set(), set()
+        while page.now() != "12 of 12":
+            page.press("left")
+            sides.add(page.now()[3])
+            html = page.js("return document.title + document.body.outerHTML")
+            html = re.sub("<script.*?</script>", "", html, flags=re.S)
+            assert "zebra" not in html and "yak" not in html
+            shells.add(re.sub(r' src="[^"]*"|prompt \d[^<]*|value="\d+"|\d+ of 12', "", html))
+            boxes = page.js("return [...document.querySelectorAll('#vote button, #undo, #save')]"
+                            ".map(x => x.getBoundingClientRect())")
+            assert all(0 <= b["x"] < b["right"] <= width and b["bottom"] <= height for b in boxes)
+            assert page.js("return document.documentElement.scrollWidth") <= width
+            page.press("left")
+        assert len(shells) == 1 and sides == {"a", "b"}
+        page.click("toresults", "reveal", "mine")
+        assert page.texts("body")[0].count("zebra") > 12
+        assert page.js("return document.documentElement.scrollWidth") <= width
+        page.click("tovote")                  # and the results leave no name behind
+        page.press(*["u"] * 12)
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    log = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    sent = [e["params"] for e in log if e["method"] == "Network.requestWillBeSent"]
+    assert sent and all(e["request"]["url"].startswith(("file:", "data:", "blob:")) for e in sent)
+
+
+def vote(pair="p0", question="looks", answer="a"):
+    return {"pair": pair, "question": question, "answer": answer, "left": "a"}
+
+
+@pytest.mark.slow
+def test_study_results_by_hand(page):
+    """looks: 4 wins, 1 draw, 1 loss; of three raters two agree on p0, and two on p1: 2 of 6."""
+    one = {"rater": "<b id=evil>", "votes": [vote(), vote("p1"), vote("p0", "fits", "draw")]}
+    two = {"rater": "two", "votes": [vote(), vote("p1", answer="b")]}
+    three = {"rater": "three", "votes": [vote("p1"), vote(answer="draw")]}
+    assert page.results(one, two, three)[0] == "0.json: 3 answers by <b id=evil>"
+    assert not page.texts("#evil")            # text stays text
+    assert [re.sub(r"\s+", " ", cell) for cell in page.texts("tbody tr")] == [
+        "zebra wins 66.7 % 30.0 to 90.3 0.0 % 0.0 to 79.3",
+        "draw 16.7 % 3.0 to 56.4 100.0 % 20.7 to 100.0",
+        "zebra loses 16.7 % 3.0 to 56.4 0.0 % 0.0 to 79.3",
+        "answers 6 1", "raters 3 1", "agreement of raters 33.3 % -"]
+    pairs = page.texts(".pair")
+    assert "prompt 0 <i>" in pairs[0] and "better? zebra 2 · draw 1 · yak 0" in pairs[0]
+    assert "better? zebra 2 · draw 0 · yak 1" in pairs[1] and len(pairs) == 6
+
+
+@pytest.mark.slow
+def test_study_refuses_other_files_with_a_line(page):
+    good = {"rater": "good", "votes": [vote()]}
+    bad = {"is not JSON": "{", "is not a votes file": "null", "a votes file: not": {"format": "x"},
+           "is too large": " " * 2_100_000,
+           "of version 2": {"version": 2}, 'another study, "12345678"': {"study": "12345678"},
+           "names no rater": {"rater": ""}, "holds no votes": {"votes": []},
+           "a pair this study has not: undefined": {"votes": [None]},
+           "a pair this study has not: {": {"votes": [vote({"toString": 1})]},
+           "a question this study has not": {"votes": [vote("p0", "colour")]},
+           "an unknown answer": {"votes": [vote(answer="c")]}, "twice": {"votes": [vote(), vote()]},
+           "is by good, who is already here": {}}
+    contents = [what if isinstance(what, str) else good | what for what in bad.values()]
+    lines = page.results(good, *contents)
+    for k, (line, why) in enumerate(zip(lines[1:], bad), 1):
+        assert line.startswith(f"{k}.json ") and why in line and line.endswith(": not counted")
+    assert page.texts("tbody tr")[3].split() == ["answers", "1", "0"]
+
+
+@pytest.mark.slow
+def test_study_template_without_a_study_says_so(chromium):
+    chromium.get((HERE / "assets/study.html").as_uri())
+    assert "holds no study" in chromium.find_element("tag name", "body").text
+
+
+# -----------------------------------------------------------------------------
+# The cache
+# -----------------------------------------------------------------------------
+
+@pytest.fixture
+def few(monkeypatch):
+    """150 pictures, 100 clips, shards of 64: three shards, the last one not full."""
+    monkeypatch.setattr(D, "SHARD", 64)
+    monkeypatch.setitem(train.DRAWN, "t2i", 150)
+    monkeypatch.setitem(train.DRAWN, "t2v", 100)
+
+
+def encode(tmp_path, *flags, out="cache", code=0):
+    assert train.main(["--stage", "encode", "--workers", "0", *flags,
+                       "--out", str(tmp_path / out)]) == code
+    return tmp_path / out
+
+
+def test_training_from_a_cache_is_training_from_the_pictures(tmp_path, few, monkeypatch):
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    flags = ["--vae", vae, "--steps", "25", "--lr", "0.01"]             # 200 items: a second epoch
+    direct = run_train(tmp_path, *flags, out="direct")
+    cache = encode(tmp_path, "--vae", vae)
+    assert not list(cache.glob("*text*"))                   # a trained encoder: captions only
+    with monkeypatch.context() as context:
+        context.setattr(D.Shapes, "__getitem__", None)      # no picture is drawn
+        cached = run_train(tmp_path, *flags, "--data", str(cache), out="cached")
+    assert (logged(direct) == logged(cached)).all() and len(logged(direct)) == 25
+    weights = [G.load_checkpoint(run / "last.pt")["weights"] for run in (direct, cached)]
+    assert weights_equal(*weights)
+
+
+def test_joint_training_from_two_caches(tmp_path, few, monkeypatch):
+    vae = save_tiny_vae(tmp_path / "vae.pt")
+    parent = str(run_train(tmp_path, "--vae", vae, "--steps", "1", out="parent") / "ema.pt")
+    flags = ["--stage", "t2v", "--init", parent, "--steps", "4"]
+    direct = run_train(tmp_path, *flags, "--frames", "3", "--p-motion-free", "0.5", out="direct")
+    clips = encode(tmp_path, "--vae", parent, "--frames", "3", out="clips")
+    pictures = encode(tmp_path, "--vae", parent, out="pictures")
+    monkeypatch.setattr(D.Shapes, "__getitem__", None)
+    cached = run_train(tmp_path, *flags, "--p-motion-free", "0.5", "--data", str(clips),
+                       "--image-data", str(pictures), out="cached")     # (3 frames: the cache's)
+    assert (logged(direct) == logged(cached)).all()
+
+
+def test_cached_features_stand_in_for_frozen_encoders(pretrained, tmp_path, few, monkeypatch):
+    flags = ["--vae", str(pretrained / "vae"), "--size", "16"]
+    spec = f"{pretrained}/clip+{pretrained}/t5"
+    cache = encode(tmp_path, *flags, "--text", spec)
+    data = D.Cache(cache)
+    encoder, stored = G.TextEncoder(spec), train.StoredText([data], "cpu")
+    captions = [data.captions[140], "", data.captions[3]]   # of two shards, and the null text
+    theirs, ours = encoder(captions), stored(captions)
+    for k in range(2):
+        assert torch.equal(ours.mask[k], theirs.mask[k])
+        assert largest(ours.tokens[k], theirs.tokens[k]) < 2e-3 * theirs.tokens[k].abs().max()
+    assert largest(ours.pooled, theirs.pooled) < 2e-3 * theirs.pooled.abs().max()
+    rows = sum(np.load(path).shape[0] for path in cache.glob("*.text1.npy"))
+    texts = [text for k in range(3) for text in json.loads((cache / f"0000{k}.json").read_text())
+             ["texts"]]
+    assert rows == sum(encoder([text]).mask[1].sum().item() for text in texts)      # no padding
+    direct = run_train(tmp_path, *flags, "--text", spec, "--steps", "8", out="direct")
+    with monkeypatch.context() as context:
+        context.setattr(G.FrozenEncoder, "__init__", None)              # not even loaded
+        for steps in ("4", "8"):                                        # and goes on
+            cached = run_train(tmp_path, *flags, "--data", str(cache), "--steps", steps,
+                               out="cached")
+    assert np.abs(logged(cached) / logged(direct) - 1).max() < 2e-3
+    assert sample.main(["a red circle", "--ckpt", str(cached / "ema.pt"), "--steps", "2", "--out",
+                        str(tmp_path / "out.png")]) == 0                # with the encoders again
+
+
+def test_encode_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch, capsys):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt")]
+    whole, original, written = encode(tmp_path, *flags, out="whole"), D.save_shard, []
+
+    def stopped(folder, k, *more):
+        if k == 1:
+            (folder / "00001.latents.npy").write_bytes(b"half a file")
+            raise OSError("disk full")
+        original(folder, k, *more)
+    with monkeypatch.context() as context:
+        context.setattr(D, "save_shard", stopped)
+        parts = encode(tmp_path, *flags, out="parts", code=2)
+    capsys.readouterr()
+    refused(train, [*SMALL, *flags, "--data", str(parts), "--out", str(tmp_path / "run")],
+            "lacks 2 shards", capsys)
+    refused(train, ["--stage", "encode", *flags, "--size", "32", "--out", str(parts)],
+            "begun with another s", capsys)
+    monkeypatch.setattr(D, "save_shard", lambda f, k, *more: (written.append(k),
+                                                              original(f, k, *more)))
+    encode(tmp_path, *flags, out="parts")
+    assert written == [1, 2]                                # the first one was kept
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in parts.iterdir()) and len(names) == 8
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+def test_two_processes_encode_the_same_cache(tmp_path, few):
+    flags = ["--stage", "encode", "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--workers", "0"]
+    one = encode(tmp_path, *flags)
+    together([[*flags, "--out", str(tmp_path / "two")]], tmp_path,
+             before="train.D.SHARD = 64; train.DRAWN['t2i'] = 150")
+    for path in one.iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_a_cache_of_other_encoders_is_refused(pretrained, tmp_path, few, capsys):
+    vae, other = save_tiny_vae(tmp_path / "vae.pt"), str(tmp_path / "other.pt")
+    state = G.load_checkpoint(vae)
+    next(iter(state["vae"]["weights"].values())).view(-1)[0] += 1e-3    # one number, a little
+    G.save_checkpoint(other, {"stage": "vae", "vae": state["vae"]})
+    shutil.copytree(pretrained / "t5", tmp_path / "t5")
+    cache = encode(tmp_path, "--vae", vae, "--text", str(tmp_path / "t5"))
+    capsys.readouterr()
+    common = [*SMALL, "--data", str(cache), "--out", str(tmp_path / "run"), "--steps", "1"]
+    refused(train, [*common, "--vae", other], "another autoencoder", capsys)
+    refused(train, [*common, "--vae", vae, "--text", str(pretrained / "clip")],
+            "another text encoder", capsys)
+    refused(train, [*common, "--vae", vae, "--size", "32"], "another size", capsys)
+    refused(train, [*common, "--vae", vae, "--stage", "vae"], "wants pictures", capsys)
+    assert D.main(["--preview", str(tmp_path / "a.png"), "--data", str(cache)]) == 2
+    assert train.main([*common, "--vae", vae, "--text", "small"]) == 0  # reads the captions
+    capsys.readouterr()
+    weights = next((tmp_path / "t5").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")   # the same name, another model
+    refused(train, [*common, "--vae", vae, "--no-resume"], "another text encoder", capsys)
+    (cache / "00001.latents.npy").write_bytes(b"nonsense")
+    refused(train, [*common, "--vae", vae, "--text", "small", "--no-resume", "--batch-size", "128"],
+            "damaged", capsys)
 
 
 # -----------------------------------------------------------------------------
@@ -1918,7 +2487,7 @@ def test_motion_off_is_no_motion_anywhere(tiny_video):
 def answers(a, b):
     """Makes --compare's two sides draw the truth where True is said, else an empty page."""
     truth = {"A": iter(a), "B": iter(b)}
-    def draw(self, prompts, seeds):
+    def draw(self, prompts, seeds, what):
         return np.stack([D.truth(p, s) if next(truth[self.path]) else
                          np.full((1, 64, 64, 3), 246, np.uint8) for p, s in zip(prompts, seeds)])
     return draw
@@ -2471,11 +3040,13 @@ while k < kills:
     size = lambda: log.stat().st_size if log.exists() else 0
     before, ended = size(), (0, 0)
     while ended[0] == 0 and size() < before + 40 * rows:    # it trains, and saves every step
+        time.sleep(0.005)
         ended = os.waitpid(pid, os.WNOHANG)
     if luck.random() < 0.7:
         while ended[0] == 0 and not any(out.glob("*.tmp")):
+            time.sleep(0.0005)
             ended = os.waitpid(pid, os.WNOHANG)
-    time.sleep(luck.random() * 0.01)
+    time.sleep(luck.random() * 0.02)
     if ended[0] == 0:
         os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
         k += 1
@@ -2483,6 +3054,7 @@ while k < kills:
     state = train.G.load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else {"step": 0}
     assert (seen[-1] if seen else 0) <= state["step"], (seen, state["step"])
     seen.append(state["step"])
+    print(k, state["step"], inside, file=sys.stderr, flush=True)
     if ended[0]:                        # came to its end: begin again, further kills are due
         assert ended[1] == 0 and state["step"] == 60
         out.rename(f"{run}.{k}"), seen.clear()

@@ -5,7 +5,9 @@ train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
     python train.py --data my_pictures --steps 20000  # your own pictures and captions
     python train.py --stage t2v                       # text to video, from the newest t2i run
     python train.py --stage vae                       # how assets/vae.pt was made
-    torchrun --nproc_per_node=8 train.py --preset XL/2 --data my_pictures
+    python train.py --stage encode --data my_pictures --size 256 --text clip+t5 --out my_cache
+    torchrun --nproc_per_node=8 train.py --preset XL/2 --data my_cache
+    torchrun --nproc_per_node=8 train.py --preset G/2 --fsdp --checkpoint-activations --compile
 
 To resume, run the same command again. A run folder holds last.pt (the whole run), ema.pt (the file
 to share: half-precision EMA weights, autoencoder, vocabulary), log.csv, loss.png and samples/.
@@ -23,7 +25,10 @@ import collections
 import contextlib
 import copy
 import csv
+import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import signal
@@ -36,7 +41,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
+import torch.distributed.tensor as sharded
 from PIL import Image, ImageDraw, ImageFont
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -58,7 +66,7 @@ QUICK = dict(lr=2e-3, batch_size=64, schedule="cosine", objective="v", ema=0.998
 PAPER = dict(lr=1e-4, batch_size=256, schedule="linear", objective="eps", ema=0.9999, steps=500_000,
              size=(256, 256))
 # By stage: what differs from the above. OURS: a clip is eight pictures, so fewer clips a batch.
-STAGE = dict(vae=dict(batch_size=16, steps=6_000), t2i={},
+STAGE = dict(vae=dict(batch_size=16, steps=6_000),
              t2v=dict(batch_size=16, lr=1e-3, steps=4_500))
 WARMUP = 100            # OURS: steps over which the rate rises to --lr; then constant (the paper's)
 DRAWN = dict(vae=1_000_000, t2i=16_384, t2v=8_192)     # items of the shapes world a stage draws
@@ -74,8 +82,8 @@ def parser():
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     whole, share = D.number(int, 1), D.number(float, 0, 1)
     g = p.add_argument_group("what to train")
-    g.add_argument("--stage", choices=("vae", "t2i", "t2v"), default="t2i",
-                   help="autoencoder, pictures (default), clips")
+    g.add_argument("--stage", choices=("vae", "encode", "t2i", "t2v"), default="t2i",
+                   help="autoencoder, a cache of latents, pictures (default), clips")
     g.add_argument("--preset", choices=G.PRESETS, help="size of the Transformer (nano)")
     g.add_argument("--depth", type=whole, help="blocks, instead of the preset's")
     g.add_argument("--width", type=whole, help="channels of a token, instead of the preset's")
@@ -88,11 +96,12 @@ def parser():
     g.add_argument("--objective", choices=("eps", "v"), help="(nano: v, else eps)")
     g.add_argument("--schedule", choices=("linear", "cosine"), help="(nano: cosine, else linear)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="shapes", help="shapes, or a folder of pictures or clips")
+    g.add_argument("--data", default="shapes",
+                   help="shapes, or a folder of pictures or clips, or a cache (of --stage encode)")
     g.add_argument("--image-data", help="t2v: pictures for joint training, shapes or a folder")
     g.add_argument("--world", choices=("basic", "full"), help="of the shapes (t2i, t2v: basic)")
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (nano: 64, else 256)")
-    g.add_argument("--frames", type=D.number(int, 2, 1024), help="t2v: frames a clip (8)")
+    g.add_argument("--frames", type=D.number(int, 1, 1024), help="t2v: frames a clip (8)")
     g.add_argument("--fps", type=D.number(float, 0.01, 1000), default=4.0,
                    help="t2v: frames a second (4)")
     g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
@@ -120,13 +129,23 @@ def parser():
     g.add_argument("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
     g.add_argument("--checkpoint-activations", action="store_true",
                    help="compute blocks again in the backward pass: slower, far less memory")
-    g.add_argument("--benchmark", action="store_true", help="time training steps, train nothing")
+    g.add_argument("--fsdp", action="store_true",
+                   help="under torchrun: each process keeps its share of the weights, gradients, "
+                        "moments and averages; slower than copies, and far less memory")
+    g.add_argument("--compile", action="store_true",
+                   help="torch.compile the blocks: a minute to start, then faster on a GPU")
+    g.add_argument("--dry-run", action="store_true",
+                   help="print parameters, GFLOPs and memory for these flags; allocates nothing")
+    g.add_argument("--benchmark", action="store_true",
+                   help="time training steps on random data (t2v: for 1, 4, 8, 16, 32 frames), "
+                        "train nothing")
     return p
 
 
 # Flags that change how a run is carried out, not what comes out of it: free to differ on resume
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "sample_every",
-            "workers", "device", "checkpoint_activations", "benchmark"}
+            "workers", "device", "checkpoint_activations", "fsdp", "compile", "dry_run",
+            "benchmark"}
 
 
 def prepare(args):
@@ -137,16 +156,28 @@ def prepare(args):
     if args.device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.device = G.pick_device(args.device)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)                  # where NCCL and FSDP look
     if args.world_size > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    elif args.fsdp:
+        raise ValueError("--fsdp shares the model among processes, and there is one; "
+                         "try torchrun --nproc_per_node=2 train.py ...")
+    for flag in ("fsdp", "compile", "dry_run", "benchmark"):
+        if getattr(args, flag) and args.stage in ("vae", "encode"):
+            raise ValueError(f"--{flag.replace('_', '-')} is about the Transformer, which --stage "
+                             f"{args.stage} has not; leave it out")
     args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
     args.world = args.world or ("full" if args.stage == "vae" else "basic")
-    if args.stage == "t2v":
-        args.frames = args.frames or 8
-    elif args.frames:
+    if args.stage not in ("t2v", "encode") and args.frames:
         raise ValueError(f"--frames is for --stage t2v, not {args.stage}")
-    if args.benchmark:
-        args.steps = args.steps or 10
+    cache = D.cache_index(args.data) or {}                  # its latents have the size they have
+    if args.stage == "t2v" and not args.benchmark:          # (that may ask for 1, or for all)
+        args.frames = args.frames or cache.get("frames") or 8
+        if args.frames == 1:
+            raise ValueError("--frames 1 is a picture, no clip; for pictures: --stage t2i")
+    if args.benchmark or args.dry_run:
+        args.steps = args.steps or 10                       # (nothing is written, nothing read)
         out = None
     else:
         args.out = args.out or str(Path("runs") / args.stage)
@@ -159,6 +190,8 @@ def prepare(args):
             print(f"moved the old run to {aside}")
             args.lock = lock(out, args)                     # (the other one moved, too)
         D.writable(out / "last.pt")
+        if args.world_size > 1:
+            dist.barrier()                                  # nobody looks before it has moved
     # Where the run starts: its own last step, or another run's checkpoint, or nothing
     last = G.load_checkpoint(out / "last.pt") if out and (out / "last.pt").exists() else None
     if args.stage == "t2v" and out and last is None:
@@ -166,14 +199,16 @@ def prepare(args):
     init = G.load_checkpoint(args.init) if args.init and last is None else None
     preset = args.preset or (last or init or {}).get("args", {}).get("preset")
     quick = args.stage == "vae" or preset in (None, "nano")
-    defaults = {**QUICK, **STAGE[args.stage]} if quick else PAPER
-    if "size" in (last or init or {}):
-        defaults = {**defaults, "size": tuple((last or init)["size"])}
+    defaults = {**QUICK, **STAGE.get(args.stage, {})} if quick else PAPER
+    for known in (last or init or {}, cache):
+        if "size" in known:
+            defaults = {**defaults, "size": tuple(known["size"])}
+    args.fps = cache.get("fps", args.fps)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     share = args.world_size * args.grad_accum
-    if args.batch_size % share:
+    if args.batch_size % share and args.stage != "encode":
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {args.world_size} "
                          f"processes x --grad-accum {args.grad_accum}")
     own = args.batch_size // args.world_size                # this process's slice of every batch
@@ -201,7 +236,7 @@ def lock(out, args):
 # 2. Building what is trained
 # -----------------------------------------------------------------------------
 
-def build(args, dataset, init):
+def build(args, dataset, pictures, init):
     """Flags, and --init's checkpoint if there is one -> (net, vae, state): what trains, the
     autoencoder, and the part of the checkpoint that never changes. Raises ValueError."""
     torch.manual_seed(args.seed)
@@ -215,12 +250,15 @@ def build(args, dataset, init):
             raise ValueError(f"{args.init} is a video model, which --stage t2i cannot train; "
                              f"try --stage t2v")
         state = {key: copy.deepcopy(init[key]) for key in ("config", "text", "schedule", "vae")}
+        encoder = text_encoder(state["text"], dataset, pictures, args)
     else:
         spec = args.text or "small"
-        if args.text is None and isinstance(dataset, D.Folder) and not any(dataset.captions):
+        if args.text is None and isinstance(dataset, D.Cache) and dataset.encoders:
+            spec = dataset.encoders["spec"]                 # whose features are stored
+        elif args.text is None and not isinstance(dataset, D.Shapes) and not any(dataset.captions):
             spec = "none"                                   # pictures without captions
         vocabulary = vocabulary_of(dataset, spec)
-        encoder = G.TextEncoder(spec, vocabulary)
+        encoder = text_encoder({"spec": spec, "vocabulary": vocabulary}, dataset, pictures, args)
         state = {"config": {**G.PRESETS[args.preset or "nano"], "text_dims": list(encoder.dims),
                             "conditioning": "cross"},
                  "text": {"spec": spec, "vocabulary": vocabulary, "dim": encoder.dim},
@@ -235,7 +273,7 @@ def build(args, dataset, init):
     if any(side % multiple for side in args.size):
         raise ValueError(f"--size {args.size[0]}x{args.size[1]} is not divisible by {multiple} "
                          f"(autoencoder {vae.down} x patch {config['patch_size']})")
-    net = G.Net(G.GenTron(G.GenTronConfig(**config)), G.TextEncoder(**state["text"]),
+    net = G.Net(G.GenTron(G.GenTronConfig(**config)), encoder,
                 G.NoiseSchedule(**state["schedule"]))
     if init:                # everything is loaded; only layers that the other lacks start fresh
         weights = {k: v.float() for k, v in init["ema"].items()}
@@ -244,6 +282,27 @@ def build(args, dataset, init):
         print_main(args, f"init: {len(weights)} tensors from {args.init}, {len(new)} are new"
                          f"{' (temporal attention)' if new else ''}")
     return net, vae, state
+
+
+def text_encoder(part, dataset, pictures, args):
+    """The "text" part of a checkpoint -> its encoder. A frozen one is not even loaded if all the
+    data's features lie in caches: `StoredText` stands in for it. Raises ValueError if the features
+    are another encoder's."""
+    caches = [d for d in (dataset, pictures) if isinstance(d, D.Cache) and d.encoders]
+    if is_frozen(part["spec"]):
+        for cache in caches:
+            if cache.encoders["fingerprint"] != text_fingerprint(part["spec"]):
+                raise ValueError(f"cache of another text encoder, {cache.root} was made with "
+                                 f"--text {cache.encoders['spec']}, this run reads {part['spec']} "
+                                 f"(or its files have changed); encode again, or change --text")
+        if len(caches) == (1 if pictures is None else 2):
+            return StoredText(caches, args.device)
+    return G.TextEncoder(**part)
+
+
+def is_frozen(spec):
+    """Are all encoders of a --text pretrained ones, which never change?"""
+    return spec != "none" and not {"small", "labels"} & set(spec.split("+"))
 
 
 def find_vae(name):
@@ -265,6 +324,8 @@ def vocabulary_of(dataset, spec):
         return []
     if isinstance(dataset, D.Shapes):
         return D.vocabulary()
+    if isinstance(dataset, D.Cache):
+        return dataset.vocabulary
     counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
     return sorted(word for word, _ in counts.most_common(8192))
 
@@ -274,11 +335,15 @@ def open_data(args):
     frames = args.frames or 1
     if args.data == "shapes":
         level = "single" if args.text == "labels" else args.world
-        dataset = D.Shapes(level, DRAWN[args.stage], args.seed, args.size, frames)
+        stage = args.stage if args.stage != "encode" else "t2v" if frames > 1 else "t2i"
+        dataset = D.Shapes(level, DRAWN[stage], args.seed, args.size, frames)
         fresh = D.Shapes(level, 12, PREVIEW_SEED, args.size, frames)
         prompts = [fresh.scene(i).caption() for i in range(12)]
     else:
         dataset = D.open_data(args.data, args.size, frames, args.fps)
+        if isinstance(dataset, D.Cache) and args.stage in ("vae", "encode"):
+            raise ValueError(f"{args.data} holds latents, and --stage {args.stage} wants pictures; "
+                             f"try the folder that they were made of")
         prompts = list(dict.fromkeys(dataset.captions))[:12]
         for line in dataset.report():
             print_main(args, line)
@@ -347,7 +412,8 @@ def ignore_signals(worker):
 
 class Latents:
     """A dataset's latents, in memory, encoded when first asked for: training starts at once and
-    the first epoch pays as it goes. latents[places] -> (B, F, C, h, w), captions."""
+    the first epoch pays as it goes. latents[places] -> fp16 (B, F, C, h, w), captions, as a
+    D.Cache has them: with a cache and without one, a run is the same."""
     def __init__(self, dataset, vae, args):
         self.vae, self.device, self.n = vae, args.device, len(dataset)
         chunks = [range(i, min(i + CHUNK, self.n)) for i in range(0, self.n, CHUNK)]
@@ -362,13 +428,162 @@ class Latents:
         with tqdm(total=missing, desc="encoding", leave=False,
                   disable=missing < 32 * CHUNK or not self.args.main) as bar:
             while len(self.captions) <= max(places):        # after a resume: all of it
-                clips, captions = next(self.feed)
-                with torch.no_grad():
-                    z = self.vae.encode(G.to_float(clips).to(self.device)).cpu()
+                z, captions = encode_chunk(self.vae, next(self.feed), self.device)
                 self.z += z
                 self.captions += captions
                 bar.update(len(captions))
         return torch.stack([self.z[i] for i in places]), [self.captions[i] for i in places]
+
+
+@torch.no_grad()
+def encode_chunk(vae, chunk, device):
+    """(pictures uint8 (B, F, H, W, 3), captions) -> (latents fp16 (B, F, C, h, w), captions)."""
+    clips, captions = chunk
+    return vae.encode(G.to_float(clips).to(device)).half().cpu(), captions
+
+
+def latents_of(dataset, vae, args):
+    """A dataset -> something whose [places] are latents and captions. Raises ValueError for a cache
+    of another autoencoder's latents."""
+    if not isinstance(dataset, D.Cache):
+        return Latents(dataset, vae, args)
+    if dataset.vae != vae_fingerprint(vae):
+        raise ValueError(f"cache of another autoencoder, {dataset.root}; encode again, or give the "
+                         f"--vae that it was made with")
+    return dataset
+
+
+class StoredText(torch.nn.Module):
+    """Stands in for frozen text encoders whose features are stored in caches: B captions -> Text,
+    read from disk. The caches' captions and the null text are all it knows."""
+    trained, dim = False, 128                               # dim is the trained encoders' affair
+
+    def __init__(self, caches, device):
+        super().__init__()
+        self.caches, self.device = caches, device
+        self.dims = tuple(caches[0].encoders["dims"])
+
+    def forward(self, captions):
+        """List of B strings -> Text of fp32 tokens (B, L, D_k), masks (B, L), pooled (B, P)."""
+        rows = [next(c for c in self.caches if caption in c.where).text(caption)
+                for caption in captions]
+        tokens, masks = [], []
+        for k, dim in enumerate(self.dims):
+            parts = [row[k] for row, _ in rows]             # B times (L_i, D_k), mapped
+            lengths = torch.tensor([len(part) for part in parts])
+            padded = np.zeros((len(parts), int(lengths.max()), dim), np.float16)
+            for place, part in zip(padded, parts):
+                place[:len(part)] = part                    # here the disk is read
+            # (half the bytes on the way to a GPU; fp32 from there, as the encoders answer)
+            tokens.append(torch.from_numpy(padded).to(self.device).float())
+            masks.append((torch.arange(padded.shape[1]) < lengths[:, None]).to(self.device))
+        pooled = torch.from_numpy(np.stack([pooled for _, pooled in rows]))
+        return G.Text(tuple(tokens), tuple(masks), pooled.to(self.device).float())
+
+
+# ---- fingerprints: is what a cache holds what this run's own encoders would answer?
+
+def vae_fingerprint(vae):
+    """16 letters that change with any weight of an autoencoder."""
+    digest = hashlib.sha256(repr((getattr(vae, "scale", 1), getattr(vae, "shift", 0))).encode())
+    for name, x in sorted(vae.state_dict().items()):
+        # half(): an ema.pt holds the same autoencoder in half precision, and latents are no finer
+        digest.update(name.encode() + x.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def text_fingerprint(spec):
+    """16 letters for frozen encoders, without loading them: their names, and of local folders each
+    file's size and first megabyte."""
+    digest = hashlib.sha256()
+    for part in spec.split("+"):
+        name = G.FrozenEncoder.NAMES.get(part, part)
+        files = sorted(p for p in Path(name).rglob("*") if p.is_file()) if Path(name).is_dir() \
+            else []
+        if not files:
+            digest.update(name.encode())                    # (a folder may move, a name may not)
+        for file in files:
+            with open(file, "rb") as f:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2 ** 20))
+    return digest.hexdigest()[:16]
+
+
+def begin_cache(args, dataset, vae, text):
+    """Writes the cache's index.json, or compares it with the one of an interrupted run: going on
+    with other flags or data would mix two caches. Raises ValueError."""
+    with torch.no_grad():
+        probe = vae.encode(G.to_float(dataset[0][0][None]).to(args.device))    # (1, F, C, h, w)
+    index = {"format": "gentron cache", "items": len(dataset), "shard": D.SHARD,
+             "shape": list(probe.shape[1:]), "size": list(args.size), "frames": args.frames or 1,
+             "fps": args.fps, "data": args.data, "seed": args.seed, "labels": dataset.labels,
+             "vocabulary": vocabulary_of(dataset, "small"), "vae": vae_fingerprint(vae),
+             "encoders": text and {"spec": text.spec, "dims": list(text.dims),
+                                   "fingerprint": text_fingerprint(text.spec)}}
+    there = D.cache_index(args.out) or index
+    for key in index:
+        if there.get(key) != index[key]:
+            raise ValueError(f"cache {args.out} was begun with another {key}; give another --out, "
+                             f"or delete it")
+    if args.world_size > 1:
+        dist.barrier()                                      # all have looked before one writes
+    if args.main:
+        D.save_json(Path(args.out) / "index.json", index)
+
+
+def encode(args):
+    """Stage encode: the latents of all items of --data, and the features that frozen encoders make
+    of their captions, into a cache. The processes take its shards in turn; shards that are there
+    already stay, so an interrupted run goes on."""
+    prepare(args)
+    dataset, _, _ = open_data(args)
+    vae = G.build_vae({"vae": find_vae(args.vae)}).to(args.device)
+    # A trained text encoder has other features at each step: then only captions are stored
+    frozen = args.text is not None and is_frozen(args.text)
+    text = G.TextEncoder(args.text).to(args.device) if frozen else None
+    begin_cache(args, dataset, vae, text)
+    out, n = Path(args.out), len(dataset)
+    shards = range(-(-n // D.SHARD))                        # rounded up
+    missing = [k for k in shards if not (out / f"{k:05d}.json").exists()]
+    todo = {k: range(k * D.SHARD, min((k + 1) * D.SHARD, n)) for k in missing
+            if k % args.world_size == args.rank}            # shard: its places
+    chunks = [p[i:i + CHUNK] for p in todo.values() for i in range(0, len(p), CHUNK)]
+    feed, stop = iter(loader(dataset, chunks, args)), Stop(args)
+    with tqdm(total=sum(map(len, todo.values())), desc="encode", unit=" items",
+              disable=not args.main) as bar:
+        for k, places in todo.items():
+            parts = []
+            for _ in range(0, len(places), CHUNK):
+                if not stop.asked():
+                    parts.append(encode_chunk(vae, next(feed), args.device))
+                    bar.update(len(parts[-1][1]))
+            if stop.asked():
+                break                                       # what is not a whole shard is lost
+            captions = [caption for _, words in parts for caption in words]
+            texts = list(dict.fromkeys(["", *captions]))    # each different caption once
+            D.save_shard(out, k, np.concatenate([z.numpy() for z, _ in parts]), captions, texts,
+                         *encode_texts(text, texts))
+    if args.world_size > 1:
+        dist.barrier()                                      # the last shard is there
+    left = sum(not (out / f"{k:05d}.json").exists() for k in shards)
+    print_main(args, f"stopped by {stop.asked()}, {left} of {len(shards)} shards to go. To go on: "
+                     f"the same command" if left else
+                     f"done: {out}, {n:,} items. To train from it: python train.py --data {out}")
+    return 0
+
+
+@torch.no_grad()
+def encode_texts(text, captions):
+    """m captions -> (for each encoder m arrays (L_i, D_k) of real tokens, pooled (m, P)); without
+    an encoder (text None) nothing."""
+    if text is None:
+        return [], None
+    tokens, pooled = [[] for _ in text.dims], []
+    for i in range(0, len(captions), CHUNK):
+        batch = text(captions[i:i + CHUNK])
+        for rows, x, mask in zip(tokens, batch.tokens, batch.mask):
+            rows += [row[real].cpu().numpy() for row, real in zip(x, mask)]
+        pooled += batch.pooled.cpu().numpy().tolist()
+    return tokens, np.array(pooled)
 
 
 # -----------------------------------------------------------------------------
@@ -524,15 +739,15 @@ def save(out, state, net, ema, optimizer, step, args, dataset, vae):
         vae, weights, averaged = ema, net.state_dict(), ema.state_dict()
     else:
         weights, averaged = net.weights(), ema.weights()
+    weights, averaged, moments = whole(weights), whole(averaged), whole(optimizer.state_dict())
     if not args.main:
-        return
+        return                                              # had to take part: shards are gathered
     state = {**state, "stage": args.stage, "step": step, "size": list(args.size),
              "frames": args.frames or 1, "fps": args.fps, "args": flags_of(args),
              "made": provenance(args)}
     if isinstance(vae, G.VAE):
         state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
-    everything = {**state, "weights": weights, "ema": averaged,
-                  "optimizer": optimizer.state_dict()}
+    everything = {**state, "weights": weights, "ema": averaged, "optimizer": moments}
     half = lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     if isinstance(vae, G.VAE):
         state["vae"] = {**state["vae"], "weights": half(state["vae"]["weights"])}
@@ -575,16 +790,19 @@ def joint_batches(args, clips, pictures, schedule, shape, first):
     Joint image-video training (paper 3.4): an item drawn as `still`, with probability
     --p-motion-free, is a picture repeated F times, with the picture's caption; its temporal
     attention is then switched off in `training_loss`. In t2i there are no stills: pictures are
-    all there is. clips, pictures: Latents (pictures None: no stills); shape: (B, F, C, h, w)."""
+    all there is. clips, pictures: Latents or caches (pictures None: no stills); shape:
+    (B, F, C, h, w)."""
     p_still = args.p_motion_free if pictures else 0.0
     for step in itertools.count(first):
         draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text,
                              p_still)[args.own]
         z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
+        z0 = torch.as_tensor(z0).float()                    # stored in fp16, noised in fp32
         still = draws.still.nonzero()[:, 0].tolist()
         if still:
             places = places_of_step(args.seed, step, shape[0], len(pictures))[args.own]
-            z0[still], words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w): all frames
+            z, words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w): for all frames
+            z0[still] = torch.as_tensor(z).float()
             for j, caption in zip(still, words):
                 captions[j] = caption
         yield z0, captions, draws
@@ -608,6 +826,8 @@ def preview_samples(path, net, vae, dataset, prompts, args):
     process draws (a sharded model needs them all), the first one writes."""
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
                        args.size, args.frames or 1, device=args.device)
+    for piece in pieces(net):                               # --fsdp: a forward leaves its weights
+        piece.reshard()                                     # whole, but the shares are what trains
     notes, verdict = None, ""
     if isinstance(dataset, D.Shapes):                       # the judge reads what was drawn
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
@@ -640,9 +860,13 @@ class Stop:
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    def asked(self):
+        """Why this process should stop, or ""."""
+        return self.signal or ("--minutes" if time.monotonic() > self.deadline else "")
+
     def why(self, args):
         """Why to stop, or "". Rank 0 decides for all."""
-        answer = [self.signal or ("--minutes" if time.monotonic() > self.deadline else "")]
+        answer = [self.asked()]
         if args.world_size > 1:
             dist.broadcast_object_list(answer)
         return answer[0]
@@ -671,13 +895,155 @@ def backward(net, inputs, args):
         part = slice(k * micro, (k + 1) * micro)
         on_device = [x[part].to(args.device) if isinstance(x, torch.Tensor) else x[part]
                      for x in inputs]
-        hold_back = k < args.grad_accum - 1 and args.world_size > 1
-        with net.no_sync() if hold_back else contextlib.nullcontext():
+        with averaging(net, k == args.grad_accum - 1):
             with autocast(args):
                 loss = net(*on_device)                                             # (micro,)
             (loss.sum() / own).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
+
+
+def update(trained, averaged, optimizer, step, args):
+    """Clips the gradients, one step of AdamW, one of the EMA. trained, averaged: the weights and
+    their averages, in one order. Returns the gradients' norm before clipping, a number; if it is
+    not finite, nothing was changed."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP)
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)).item()   # over all processes' shares
+    if math.isfinite(norm):
+        optimizer.step()
+        # EMA with a warm-up: or a short run's average would still be near its random start
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---- several processes. Without --fsdp each holds a copy of everything and computes the gradients
+# of its slice of the batch; DistributedDataParallel averages them. With --fsdp each holds 1 / n of
+# every tensor (a DTensor), and a block's weights are put together only while the block runs.
+
+def shard(net, args):
+    """Cuts a Net up in place, block by block: the whole never has to fit on one device. Frozen
+    encoders stay whole on each: they have no gradients, moments or averages to save."""
+    # A block's weights travel, and are used, in bf16 where autocast would have rounded them anyway
+    half = torch.bfloat16 if args.precision == "bf16" else None
+    policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(args.device.type, (args.world_size,))
+    for block in net.model.blocks:
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+        fsdp.register_fsdp_forward_method(block, "keys_values")
+    fsdp.fully_shard(net.model, mesh=mesh)                          # what is not in a block
+    fsdp.register_fsdp_forward_method(net.model, "read")            # sampling calls it by itself
+    if net.text.trained:
+        frozen = [p for m in net.text.encoders if isinstance(m, G.FrozenEncoder)
+                  for p in m.parameters()]
+        fsdp.fully_shard(net.text, mesh=mesh, ignored_params=set(frozen))
+
+
+def pieces(net):
+    """The parts of a net that are cut up separately; none unless `shard` was there."""
+    return [m for m in net.children() if isinstance(m, fsdp.FSDPModule)]
+
+
+@contextlib.contextmanager
+def averaging(net, on):
+    """Inside, a backward pass ends with the gradients' average over processes, or (on=False, all
+    micro-batches but the last) only adds to this process's own."""
+    if isinstance(net, torch.nn.parallel.DistributedDataParallel) and not on:
+        with net.no_sync():
+            yield
+    else:
+        for piece in pieces(net):
+            piece.set_requires_gradient_sync(on)
+        yield
+
+
+def whole(x):
+    """A DTensor, or a tree with some in it, -> the same with whole tensors. Every process has to
+    take part."""
+    if isinstance(x, sharded.DTensor):
+        x = x.full_tensor()
+        # A checkpoint's tensors wait on the CPU of the process that writes it, one by one
+        return x if x.ndim == 0 else x.cpu() if dist.get_rank() == 0 else None
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    return x
+
+
+def cut_like(x, p):
+    """The inverse: a whole tensor -> this process's share of it, if p is cut up."""
+    if not isinstance(p, sharded.DTensor) or x.shape != p.shape:    # (AdamW's step count is not)
+        return x
+    # Each process read the same file: it takes its share, and nothing is sent
+    return sharded.distribute_tensor(x.to(p.device), p.device_mesh, p.placements,
+                                     src_data_rank=None)
+
+
+# ---- setting up
+
+def start(args, dataset, pictures, last, init):
+    """-> (net, vae, state) as `build` has them, or as `last`, this run's last checkpoint, left
+    them."""
+    if last is None:
+        return build(args, dataset, pictures, init)
+    state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
+    if args.stage == "vae":
+        net = vae = G.build_vae(last).requires_grad_(True)
+        G.load_weights(net, last["weights"], f"{args.out}/last.pt")     # (last["vae"]: averages)
+    else:
+        text = text_encoder(last["text"], dataset, pictures, args)
+        net, vae = G.build_net(last, "weights", text), G.build_vae(last).to(args.device)
+    return net, vae, state
+
+
+def equip(net, args, last=None):
+    """-> (ema, optimizer, parallel): a net's averages, its AdamW, and what to call in its place; on
+    the device, cut up if --fsdp. last: a checkpoint to take averages and moments from."""
+    frozen = {id(m): m for m in net.modules() if isinstance(m, (G.FrozenEncoder, StoredText))}
+    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
+    if last:                # while tensors are whole: a checkpoint knows nothing of processes
+        load = partial(G.load_weights, ema) if args.stage == "vae" else ema.load
+        load(last["ema"], f"{args.out}/last.pt")
+    for module in (net.train(), ema):
+        if args.fsdp:
+            shard(module, args)                             # it moves what it cuts, block by block
+        module.to(args.device)
+    if args.stage != "vae":
+        net.model.checkpoint_activations = args.checkpoint_activations
+        for block in net.model.blocks if args.compile else ():
+            # Block by block: all are compiled once, as one, in seconds and not in minutes; and in
+            # place, so names in checkpoints stay as they are
+            block.compile()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
+                                  betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    if last:
+        saved, trained = last["optimizer"]["state"], optimizer.param_groups[0]["params"]
+        check_moments(args, saved, trained)
+        moments = {k: {name: cut_like(x, trained[k]) for name, x in saved[k].items()}
+                   for k in saved}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    copies = args.world_size > 1 and not args.fsdp
+    return ema, optimizer, torch.nn.parallel.DistributedDataParallel(net) if copies else net
+
+
+def pairs(net, ema):
+    """The trained weights, and their averages in the same order."""
+    both = [(p, q) for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
+    return [p for p, _ in both], [q for _, q in both]
+
+
+def feed(args, net, ema, vae, dataset, pictures, prompts, first):
+    """-> the batches of step first, first + 1, ... and preview(path), of the stage at hand."""
+    if args.stage == "vae":
+        return (vae_batches(args, dataset, net, first),
+                lambda path: preview_vae(path, ema, dataset, args))
+    high, wide = (side // vae.down for side in args.size)
+    shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
+    stills = latents_of(pictures, vae, args) if pictures is not None else None
+    clips = latents_of(dataset, vae, args)
+    return (joint_batches(args, clips, stills, net.schedule, shape, first),
+            lambda path: preview_samples(path, ema, vae, dataset, prompts, args))
 
 
 def train(args):
@@ -688,92 +1054,52 @@ def train(args):
         check_resumable(args, last)
         check_same_flags(args, last["args"])
     dataset, pictures, prompts = open_data(args)
-    if last is None:
-        net, vae, state = build(args, dataset, init)
-    elif args.stage == "vae":
-        net = vae = G.build_vae(last).requires_grad_(True)
-    else:
-        net, vae = G.build_net(last, "weights"), G.build_vae(last).to(args.device)
+    net, vae, state = start(args, dataset, pictures, last, init)
+    ema, optimizer, parallel = equip(net, args, last)
+    first = last["step"] if last else 0
     if last:
-        state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
-    net.train().to(args.device)
-    frozen = {id(m): m for m in net.modules() if isinstance(m, G.FrozenEncoder)}
-    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
-    trained = [p for p in net.parameters() if p.requires_grad]
-    averaged = [q for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
-    first = 0
-    if last:
-        for module, part in ((net, "weights"), (ema, "ema")):
-            load = module.load if args.stage != "vae" else partial(G.load_weights, module)
-            load(last[part], f"{out}/last.pt")
-        moments = last["optimizer"]["state"]
-        check_moments(args, moments, trained)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        first = last["step"]
         print_main(args, f"resume: {out}/last.pt, step {first} of {args.steps}")
     if first >= args.steps:
         print_main(args, f"done: {out} has its {first} steps. To go on: --steps {2 * first}; "
                          f"to start afresh: --no-resume")
         return 0
     del last, init                                          # as large as the model: let go
+    trained, averaged = pairs(net, ema)
     print_main(args, f"{args.stage}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters, "
                      f"{args.steps} steps of {args.batch_size}, {args.device}, {args.precision}")
-    if args.stage == "vae":
-        batches = vae_batches(args, dataset, net, first)
-        preview = lambda path: preview_vae(path, ema, dataset, args)
-    else:
-        net.model.checkpoint_activations = args.checkpoint_activations
-        high, wide = (side // vae.down for side in args.size)
-        shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
-        stills = Latents(pictures, vae, args) if pictures is not None else None
-        batches = joint_batches(args, Latents(dataset, vae, args), stills, net.schedule, shape,
-                                first)
-        preview = lambda path: preview_samples(path, ema, vae, dataset, prompts, args)
+    batches, preview = feed(args, net, ema, vae, dataset, pictures, prompts, first)
     (out / "samples").mkdir(exist_ok=True)
     log = Log(out / "log.csv", first, args.main)
-    parallel = torch.nn.parallel.DistributedDataParallel(net) if args.world_size > 1 else net
     skipped = in_a_row = 0
-    bar = tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True)
-
-    for step, inputs in zip(range(first, args.steps), batches):
-        # ---- the training step
-        tick = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP)
-        losses = backward(parallel, inputs, args)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-        if math.isfinite(norm):
-            optimizer.step()
-            # EMA with a warm-up: or a short run's average would still be near its random start
-            decay = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
-            in_a_row = 0
-        else:                                               # a bad step is skipped and counted
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-        optimizer.zero_grad(set_to_none=True)
-        # ---- from here on we only watch, and save
-        done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
-        t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device), args)
-        log.write(done, gather(losses, args), t, norm, skipped, speed)
-        bar.update()
-        bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
-        if in_a_row == 10:
-            raise ValueError(f"no finite gradient in 10 steps, at step {done}; {out}/last.pt holds "
-                             f"the last good one; try a lower --lr, or --precision fp32")
-        why = stop.why(args)
-        if (done % args.save_every == 0 or done == args.steps or why) and not in_a_row:
-            save(out, state, net, ema, optimizer, done, args, dataset, vae)
-        if done % args.sample_every == 0 or done in (100, args.steps):
-            verdict = preview(out / "samples" / f"{done:06d}")
-            if args.main:
-                plot_log(out / "log.csv", out / "loss.png")
-                bar.write(f"step {done}: loss {log.recent():.4f}  {verdict}  "
-                          f"{out}/samples/{done:06d}")
-        if why:
-            break
-    bar.close()
+    # (closed also by an error, whose one line then stands alone)
+    with tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True) as bar:
+        for step, inputs in zip(range(first, args.steps), batches):
+            # ---- the training step
+            tick = time.monotonic()
+            losses = backward(parallel, inputs, args)
+            norm = update(trained, averaged, optimizer, step, args)
+            bad = not math.isfinite(norm)                       # was skipped: counted here
+            skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
+            # ---- from here on we only watch, and save
+            done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
+            t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device), args)
+            log.write(done, gather(losses, args), t, norm, skipped, speed)
+            bar.update()
+            bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
+            if in_a_row == 10:
+                raise ValueError(f"no finite gradient in 10 steps, at step {done}; {out}/last.pt "
+                                 f"holds the last good one; try a lower --lr, or --precision fp32")
+            why = stop.why(args)
+            if (done % args.save_every == 0 or done == args.steps or why) and not in_a_row:
+                save(out, state, net, ema, optimizer, done, args, dataset, vae)
+            if done % args.sample_every == 0 or done in (100, args.steps):
+                verdict = preview(out / "samples" / f"{done:06d}")
+                if args.main:
+                    plot_log(out / "log.csv", out / "loss.png")
+                    bar.write(f"step {done}: loss {log.recent():.4f}  {verdict}  "
+                              f"{out}/samples/{done:06d}")
+            if why:
+                break
     finish(out, done, why, prompts[0], args)
     return 0
 
@@ -791,76 +1117,310 @@ def finish(out, step, why, prompt, args):
 
 
 # -----------------------------------------------------------------------------
-# 7. --benchmark: how fast is a training step?
+# 7. --dry-run: how large? --benchmark: how fast?
 # -----------------------------------------------------------------------------
 
-def benchmark(args):
-    """Times training steps (forward, backward, AdamW) on random latents and text. With
-    --conditioning adaln and diffusers installed, its DiT of the same sizes is timed too, in turn
-    with ours: machines drift, and only neighbours in time compare. Writes nothing."""
+WIDTHS = dict(small=128, labels=128, clip=768, t5=4096)     # channels, known without a download
+WORDS = 77                      # tokens a text, as many as CLIP reads, wherever a text is made up
+
+
+def imagine(args, temporal):
+    """The GenTronConfig that the flags describe, with nothing loaded. OURS: the paper's sizes read
+    the paper's encoders unless --text says otherwise. Raises ValueError."""
+    nano, dims = args.preset in (None, "nano"), []
+    spec = args.text or ("small" if nano else "clip+t5")
+    for name in spec.split("+") if spec != "none" else []:
+        config = Path(name) / "config.json"                 # a folder of the transformers library
+        if name not in WIDTHS and not config.is_file():
+            raise ValueError(f"the width of text encoder '{name}' is not known here; "
+                             f"try one of {', '.join(WIDTHS)}, or its folder")
+        known = WIDTHS if name in WIDTHS else json.loads(config.read_text())
+        dims.append(known.get(name) or known.get("d_model") or known["hidden_size"])
+    sizes = {k: getattr(args, k) or v for k, v in G.PRESETS[args.preset or "nano"].items()}
+    return G.GenTronConfig(**sizes, text_dims=dims, conditioning=args.conditioning or "cross",
+                           temporal=temporal)
+
+
+def random_text(dims, B):
+    """A Text of B rows of WORDS random tokens, on the default device."""
+    mask = torch.ones(B, WORDS, dtype=torch.bool)
+    return G.Text(tuple(torch.randn(B, WORDS, d) for d in dims), (mask,) * len(dims),
+                  torch.randn(B, sum(dims)))
+
+
+def count_flops(cfg, shape):
+    """Floating-point operations of one forward pass, shape (B, F, C, H, W); a training step takes
+    three times as many. Counted on the meta device, where tensors have shapes and no contents."""
+    # (On the CPU torch's counter overlooks its fused attention; on meta that is two products.)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        text = random_text(cfg.text_dims, shape[0])
+        G.GenTron(cfg)(torch.empty(shape), torch.empty(shape[0]), text)
+    return counter.get_total_flops()
+
+
+def count_weights(cfg):
+    """How many numbers a Transformer trains: all of its weights."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in G.GenTron(cfg).parameters())
+
+
+def count_saved(cfg, shape, bf16=False, again=False):
+    """Bytes that one forward pass keeps for the backward pass, shape (B, F, C, H, W): each tensor
+    that autograd saves, once, but for the weights. again: with --checkpoint-activations."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x                # views of one storage count once
+        return x
+    # Fake tensors have no contents either, but take the way through torch that real ones would
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model = G.GenTron(cfg).train()
+        model.checkpoint_activations = again
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            text = random_text(cfg.text_dims, shape[0])
+            model(torch.empty(shape), torch.empty(shape[0]), text)
+        return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
+
+
+def count_activations(cfg, shape, bf16=False, again=False):
+    """`count_saved` of any depth and batch, at the cost of a few blocks and two items, and with
+    what checkpointing computes again -> (bytes whatever the batch, bytes an item)."""
+    few = max(1, len(cfg.text_dims))                        # each encoder is read once
+    at = lambda B, depth, again: count_saved(dataclasses.replace(cfg, depth=depth),
+                                             (B, *shape[1:]), bf16, again)
+
+    def of(B, again):                                       # a straight line in depth
+        small, large = at(B, few, again), at(B, 2 * few, again)
+        return small + (cfg.depth / few - 1) * (large - small)
+    one, two = of(1, again), of(2, again)
+    if again:               # the blocks' inputs are kept, and one block's inside at a time
+        one, two = one + of(1, False) / cfg.depth, two + of(2, False) / cfg.depth
+    return 2 * one - two, two - one                         # a straight line in items
+
+
+def dry_run(args):
+    """Prints what the flags' model would take, and allocates none of it."""
     prepare(args)
-    preset = args.preset or "nano"
-    sizes = {k: getattr(args, k) or v for k, v in G.PRESETS[preset].items()}
-    dims = (128,) if preset == "nano" else (768, 4096)
-    B, frames, p = args.batch_size, args.frames or 1, sizes["patch_size"]
-    h, w = args.size[0] // 8, args.size[1] // 8
-    with torch.device(args.device):
-        model = G.GenTron(G.GenTronConfig(**sizes, text_dims=dims, temporal=args.stage == "t2v",
-                                          conditioning=args.conditioning or "cross"))
-        z, t = torch.randn(B, frames, 4, h, w), torch.randint(1000, (B,))
-        text = G.Text(tuple(torch.randn(B, 77, d) for d in dims),
-                      (torch.ones(B, 77, dtype=torch.bool),) * len(dims), torch.randn(B, sum(dims)))
-    contenders = {"gentron": (model, lambda: model(z, t, text))}
-    if args.conditioning == "adaln" and frames == 1 and h == w:
-        try:
-            from diffusers import DiTTransformer2DModel
-            heads = sizes["heads"]
-            dit = DiTTransformer2DModel(
-                num_attention_heads=heads, attention_head_dim=sizes["width"] // heads, patch_size=p,
-                in_channels=4, out_channels=4, num_layers=sizes["depth"], sample_size=h)
-            dit.to(args.device)
-            labels = torch.randint(1000, (B,), device=args.device)
-            contenders["diffusers"] = (dit, lambda: dit(z[:, 0], t, labels).sample)
-        except ImportError:
-            print("diffusers is not installed: timed alone")
-    times = {name: [] for name in contenders}
-    optimizers = {name: torch.optim.AdamW(c[0].parameters()) for name, c in contenders.items()}
-    with FlopCounterMode(display=False) as counter:
-        model(z, t, text)
-    for turn in tqdm(range(2 + args.steps), desc="benchmark"):
-        for name, (net, forward) in contenders.items():
-            net.train()
-            started = time.perf_counter()
-            with autocast(args):
-                loss = forward().float().square().mean()
-            loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad(set_to_none=True)
-            if args.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:                                       # two turns to warm up
-                times[name].append(time.perf_counter() - started)
-    flops = 3 * counter.get_total_flops()                       # backward costs twice the forward
-    for name, (net, _) in contenders.items():
-        median = float(np.median(times[name]))
-        work = f", {flops / median / 1e12:.2f} TFLOP/s" if net is model else ""
-        print(f"{name:>10}: {sum(q.numel() for q in net.parameters()) / 1e6:.1f} M parameters, "
-              f"{frames * h * w // p ** 2} tokens, batch {B}, {args.precision}: {median:.3f} s a "
-              f"step, {B / median:.1f} items/s{work}")
-    if len(times) > 1:
-        ratio = np.array(times["diffusers"]) / np.array(times["gentron"])
-        print(f"gentron is {np.median(ratio):.2f} times as fast (median of {len(ratio)} turns)")
+    frames, (high, wide) = args.frames or 1, args.size
+    cfg = imagine(args, temporal=args.stage == "t2v")
+    # Latents are 8 times smaller than pictures and have 4 channels, ours and Stable Diffusion's
+    shape = (1, frames, cfg.in_channels, high // 8, wide // 8)
+    tokens = frames * shape[3] * shape[4] // cfg.patch_size ** 2
+    still, moving = (count_weights(dataclasses.replace(cfg, temporal=t)) for t in (False, True))
+    flops = count_flops(cfg, shape)
+    print(f"{args.preset or 'nano'}: {cfg.depth} blocks of {cfg.width} channels, {high}x{wide}, "
+          f"{tokens} tokens, text of {' + '.join(map(str, cfg.text_dims)) or 'no'} channels")
+    print(f"{still / 1e6:.1f} M parameters, {moving / 1e6:.1f} M with temporal layers")
+    print(f"{flops / 1e9:.1f} GFLOPs {'an image' if frames == 1 else 'a clip'}, "
+          f"{3 * flops / 1e9:.1f} to train on it")
+    print(f"memory of a process in GB, batch {args.batch_size}, {args.precision}; estimated from "
+          f"shapes, without workspace and the frozen encoders")
+    columns = ("weights", "gradients", "AdamW", "EMA", "activations", "all")
+    print(f"{'':<54}" + "".join(f"{column:>12}" for column in columns))
+    weights = 4 * (moving if cfg.temporal else still)       # all fp32, AdamW has two moments each
+    for again in (False, True):
+        fixed, an_item = count_activations(cfg, shape, args.precision == "bf16", again)
+        for accum, processes in itertools.product((1, 16), (1, max(8, args.world_size))):
+            items = args.batch_size / accum / max(processes, args.world_size)
+            if items < 1:
+                continue                                    # there is less than one item to a turn
+            part = weights / processes
+            # Two blocks are whole at a time, the one at work and the next one on its way; and
+            # `fixed` is the weights in bf16, which are then let go with the block
+            travelling = 2 * weights / cfg.depth if processes > 1 else 0
+            saved = items * an_item + (fixed if processes == 1 else 0)
+            row = [part + travelling, part, 2 * part, part, saved]
+            flags = [f"--fsdp on {processes}"] * (processes > 1)
+            flags += [f"--grad-accum {accum}"] * (accum > 1) + ["--checkpoint-activations"] * again
+            print(f"{' '.join(flags) or 'no flag':<54}"
+                  + "".join(f"{cell / 1e9:12.2f}" for cell in (*row, sum(row))))
     return 0
+
+
+class RandomText(torch.nn.Module):
+    """Stands in for the text encoders where only the time matters: B captions -> a random Text."""
+    trained = False
+
+    def __init__(self, dims, device):
+        super().__init__()
+        self.dims, self.device = dims, device
+
+    def forward(self, captions):
+        """List of B strings, whatever they say -> a Text of B rows."""
+        with torch.device(self.device):
+            return random_text(self.dims, len(captions))
+
+
+def matmul_rate(args):
+    """FLOP/s of one product of two large matrices: what a model, mostly products, could reach at
+    best."""
+    cuda, half = args.device.type == "cuda", args.precision == "bf16"
+    n = 8192 if cuda else 512
+    a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if half else torch.float32)
+    started = clock(args)
+    a @ a
+    return 2 * n ** 3 / (clock(args) - started)
+
+
+def clock(args):
+    """Seconds, once the device has done all that it was asked to."""
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(args):
+    """The most bytes in use so far: of the GPU's memory, or of this process's."""
+    if args.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # here, because Windows has none
+    unit = 1 if sys.platform == "darwin" else 1024          # Linux counts in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def benchmark(args):
+    """Times training steps on random latents and text, one line a setting. With --conditioning
+    adaln and diffusers installed, its DiT of the same sizes is timed too. What is compared runs in
+    turn: machines drift, and only neighbours in time compare. Writes nothing."""
+    prepare(args)
+    flags = [f"--{name.replace('_', '-')}" for name in ("fsdp", "compile", "checkpoint_activations")
+             if getattr(args, name)]
+    print_main(args, f"{args.preset or 'nano'}, {args.size[0]}x{args.size[1]}, batch "
+                     f"{args.batch_size} on {args.world_size} x {args.device}, "
+                     f"{' '.join([args.precision, *flags])}; % of the rate of matrix products")
+    # In rising order: of a process's memory only the highest peak is known
+    counts = [args.frames or 1] if args.frames or args.stage != "t2v" else [1, 4, 8, 16, 32]
+    for frames in counts:
+        time_training(args, frames)
+    if args.stage == "t2v":
+        time_guidance(args, args.frames or 8)
+    return 0
+
+
+def time_training(args, frames):
+    """One line for clips of so many frames: median time, rates, memory."""
+    cfg = imagine(args, temporal=args.stage == "t2v")
+    shape = (args.batch_size, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8)
+    with torch.device("cpu" if args.fsdp else args.device):
+        net = G.Net(G.GenTron(cfg), RandomText(cfg.text_dims, args.device),
+                    G.NoiseSchedule(args.schedule, args.objective))
+    ema, optimizer, parallel = equip(net, args)
+    inputs = (torch.randn(shape)[args.own], [""] * args.batch_size,
+              G.randomness(args.seed, 0, shape, net.schedule)[args.own])
+
+    def ours(step):
+        backward(parallel, inputs, args)
+        update(*pairs(net, ema), optimizer, step, args)
+    contenders = {"gentron": ours}
+    if args.conditioning == "adaln" and frames == 1 and shape[3] == shape[4]:
+        theirs = diffusers_step(args, cfg, inputs[0])
+        contenders |= {"diffusers": theirs} if theirs else {}
+    times, products = {name: [] for name in contenders}, []
+    for step in tqdm(range(3 + args.steps), desc="benchmark", leave=False, disable=not args.main):
+        products.append(matmul_rate(args) * args.world_size)
+        for name, run in contenders.items():
+            started = clock(args)
+            run(step)
+            times[name].append(clock(args) - started)
+    median = {name: float(np.median(t[3:])) for name, t in times.items()}       # 3 to warm up
+    rate = 3 * count_flops(cfg, (1, *shape[1:])) * args.batch_size / median["gentron"]
+    best = float(np.median(products[3:]))
+    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M"
+    unit = "clips" if frames > 1 else "images"
+    print_main(args, f"{frames:3} frames, {frames * shape[3] * shape[4] // cfg.patch_size ** 2:5} "
+                     f"tokens, {size}: {median['gentron']:.3f} s a step, "
+                     f"{args.batch_size / median['gentron']:.1f} {unit}/s, "
+                     f"{rate / 1e12:.3g} TFLOP/s ({rate / best:.0%}), "
+                     f"peak {peak_memory(args) / 1e9:.2f} GB")
+    if len(times) > 1:
+        ratio = np.array(times["diffusers"][3:]) / np.array(times["gentron"][3:])
+        print_main(args, f"diffusers' DiT: {median['diffusers']:.3f} s a step; gentron is "
+                         f"{np.median(ratio):.2f} times as fast (median of {len(ratio)} turns)")
+
+
+def diffusers_step(args, cfg, z):
+    """A function that takes one training step with diffusers' DiT of cfg's sizes on z, or None."""
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError:
+        print("diffusers is not installed: timed alone")
+        return None
+    dit = DiTTransformer2DModel(
+        num_attention_heads=cfg.heads, attention_head_dim=cfg.width // cfg.heads,
+        patch_size=cfg.patch_size, in_channels=cfg.in_channels, out_channels=cfg.in_channels,
+        num_layers=cfg.depth, sample_size=z.shape[-1]).to(args.device)
+    z = z[:, 0].to(args.device)                                            # (B, C, H, W)
+    t, labels = (torch.randint(1000, (len(z),), device=args.device) for _ in range(2))
+    ema, optimizer = copy.deepcopy(dit), torch.optim.AdamW(dit.parameters(), fused=True)
+
+    def step(number):
+        with autocast(args):
+            loss = dit(z, t, labels).sample.float().square().mean()
+        loss.backward()
+        update(*pairs(dit, ema.requires_grad_(False)), optimizer, number, args)
+    return step
+
+
+@torch.no_grad()
+def time_guidance(args, frames):
+    """One line: a sampling step guided by text and motion, of one clip, as `guided` does it (three
+    branches in a batch, the text read once) and as three forwards that each read the text."""
+    cfg = imagine(args, temporal=True)
+    with torch.device(args.device):
+        model = G.GenTron(cfg).eval()
+        z, t = torch.randn(1, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8), \
+            torch.full((1,), 500)
+        text, null = random_text(cfg.text_dims, 1), random_text(cfg.text_dims, 1)
+        off = torch.zeros(1, dtype=torch.bool)
+    predict = G.guided(model, text, null, cfg=4.0, motion_scale=1.2)
+    ways = {"batch": lambda: predict(z, t),
+            "three": lambda: (model(z, t, text), model(z, t, null), model(z, t, null, off))}
+    times = {name: [] for name in ways}
+    for _ in range(3 + 2 * args.steps):
+        for name, run in ways.items():                      # in turn: machines drift
+            started = clock(args)
+            with autocast(args):
+                run()
+            times[name].append(clock(args) - started)
+    batch, three = (float(np.median(times[name][3:])) for name in ways)
+    print_main(args, f"guided sampling step, {frames} frames: {1000 * batch:.1f} ms in one batch "
+                     f"with the text read once, {1000 * three:.1f} ms in three forwards: "
+                     f"{three / batch:.2f} times as fast")
+
+
+def out_of_memory(error):
+    """Does an exception say that there was not enough memory, on a GPU or on the CPU?"""
+    says = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in says for words in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def advice(args):
+    """What to do about too little memory: flags not yet in use, the cheapest first."""
+    flags = ["--precision bf16"] * ("cuda" in str(args.device) and args.precision == "fp32")
+    share = (args.batch_size or 2) // args.world_size
+    flags += [f"--grad-accum {2 * args.grad_accum}"] * (share % (2 * args.grad_accum) == 0)
+    flags += ["--checkpoint-activations"] * (not args.checkpoint_activations)
+    flags += ["--fsdp on several GPUs"] * (not args.fsdp) + ["a smaller --batch-size or --preset"]
+    return (f"out of memory, {args.stage} in batches of {args.batch_size} on {args.device}; "
+            f"try {', '.join(flags)}")
 
 
 def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
     args = parser().parse_args(argv)
     try:
-        return benchmark(args) if args.benchmark else train(args)
+        return (dry_run if args.dry_run else benchmark if args.benchmark else
+                encode if args.stage == "encode" else train)(args)
     except (ValueError, OSError) as error:
         # (of a worker's error, which comes with its traceback, the last line)
         print(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {advice(args)}", file=sys.stderr)
         return 2
     finally:
         for worker in multiprocessing.active_children():    # they ignore SIGTERM: exit would wait
