@@ -1354,21 +1354,23 @@ class Cache:
             self.labels, self.vocabulary = index["labels"], index["vocabulary"]
             self.vae, self.encoders = index["vae"], index["encoders"]
             self.shard = index["shard"]
-            missing = [k for k in range(-(-self.n // self.shard))
-                       if not (self.root / f"{k:05d}.json").is_file()]
+            shards = -(-self.n // self.shard)                # at most a million are looked for
+            missing = shards - sum((self.root / f"{k:05d}.json").is_file()
+                                   for k in range(min(shards, 10 ** 6)))
             if missing:
-                raise ValueError(f"cache not finished, {path} lacks {len(missing)} shards; run the "
+                raise ValueError(f"cache not finished, {path} lacks {missing} shards; run the "
                                  f"same train.py --stage encode again, it goes on")
             self.captions, self.where = [], {}               # where: text -> (shard, row)
             self.offsets = []                                # [shard][encoder][row]
-            for k in range(-(-self.n // self.shard)):
+            for k in range(shards):
                 part = json.loads((self.root / f"{k:05d}.json").read_text(encoding="utf-8"))
                 self.captions += part["captions"]
                 self.offsets.append(part["offsets"])
                 if self.encoders:
                     for row, text in enumerate(part["texts"]):
                         self.where.setdefault(text, (k, row))
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError, json.JSONDecodeError,
+                UnicodeDecodeError, OSError) as error:
             raise ValueError(f"damaged cache, {path} ({error!r:.80}); encode again") from None
         if len(self.captions) != self.n:
             raise ValueError(f"damaged cache, {path}: {len(self.captions)} captions for {self.n} "

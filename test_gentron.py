@@ -3075,7 +3075,8 @@ def test_killed_anywhere_the_run_goes_on_to_the_same_end(tmp_path, capfd):
     assert done.returncode == 0, done.stderr[-2000:]
     print("kills, of them inside of a save:", done.stdout.splitlines()[-1])
     for out in ("whole", "run"):                            # a process each, of one thread too
-        script("train.py", *flags, "--out", out, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+        script("train.py", *flags, "--out", out, cwd=tmp_path, timeout=600,
+               env={"OMP_NUM_THREADS": "1"})
     compare_ends(tmp_path / "whole", tmp_path / "run")
     for name in ("last.pt", "ema.pt"):
         assert G.load_checkpoint(tmp_path / "run" / name)["step"] == 60
@@ -3226,7 +3227,8 @@ def mutated_state(state, luck):
     elif how == 2:
         part[f"{key}."] = part.pop(key)
     elif isinstance(part[key], torch.Tensor) and how == 3:
-        part[key] = luck.choice((part[key] * math.nan, part[key][None], part[key][:1], part[key].int()))
+        weight = part[key]
+        part[key] = luck.choice((weight * math.nan, weight[None], weight[None][:0], weight.int()))
     else:
         part[key] = luck.choice(JUNK)
     return state
