@@ -1136,7 +1136,7 @@ class Folder:
                     file = self.root / name
                     inside = file.resolve().is_relative_to(root)
                     words, there = " ".join(caption.split()), file.is_file() or file.is_dir()
-                    if inside and file.is_dir():            # a clip: no frame is a link out of here
+                    if inside and file.is_dir() and file != self.root:     # a clip: of no links out
                         inside = all(p.resolve().is_relative_to(root) for p in file.iterdir())
                 except UnicodeDecodeError:
                     self.skipped.append((where, "not UTF-8 text"))
