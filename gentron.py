@@ -37,6 +37,7 @@ Masks: True = may be attended. `# OURS:` marks what the paper leaves open, with 
 
 import math
 import os
+import pickle
 import re
 import zipfile
 from dataclasses import dataclass
@@ -1036,6 +1037,9 @@ def load_checkpoint(path):
         raise ValueError(f"{path} cannot be read (permission denied)") from None
     except ValueError:                           # the damage that was found above
         raise
+    except pickle.UnpicklingError:               # (torch's own message says how to run it anyway)
+        raise ValueError(f"{path} is refused: it holds more than plain data and tensors (a program, "
+                         f"perhaps), or is damaged") from None
     except Exception as error:                   # whatever a broken archive or pickle can raise
         reason = first_line(error)
         raise ValueError(f"{path} is no readable checkpoint ({reason})") from None

@@ -1510,6 +1510,7 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path):
         with pytest.raises(ValueError) as error:
             G.load_checkpoint(tmp_path / f"{name}.pt")
         assert f"{name}.pt" in str(error.value) and "\n" not in str(error.value)
+        assert ("a program, perhaps" in str(error.value)) == (name == "evil")
     assert not (tmp_path / "executed").exists()
 
 
@@ -3107,7 +3108,7 @@ def test_hostile_pictures_cost_little(tmp_path):
         assert [file.name for file, _ in folder.items] == names
     why = dict(D.Folder(tmp_path, (16, 16)).skipped)
     assert "above 70 megapixels" in why["bomb.png"] and "cannot identify" in why["page.png"]
-    assert peak_memory() - before < 200 and time.process_time() - started < 10
+    assert peak_memory() - before < 200 and time.process_time() - started < 2
     with pytest.raises(ValueError, match="megapixels"):                 # also of --compare
         D.size_of(tmp_path / "bomb.png")
 
