@@ -21,6 +21,7 @@ The world's grammar, all of it:
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import re
 import sys
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -992,8 +994,17 @@ def _ask(rng, category, pairs):
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".webm")
-MAX_PIXELS = 100_000_000        # a file that claims more is skipped before it is decoded
+MAX_PIXELS = 70_000_000         # a file that claims more is skipped before it is decoded
 MAX_CAPTION = 1000              # characters
+MAX_LINE = 2 ** 20              # bytes of a line of captions.jsonl
+# Not all that pillow can open: it would hand a PostScript file, whatever its name, to Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+def plain(text):
+    """Text without control characters (a caption is no place for a terminal's commands) and halves
+    of surrogate pairs (names that are not UTF-8): both become "?", and it can be printed."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", text)
 
 
 class Folder:
@@ -1027,7 +1038,7 @@ class Folder:
                 continue
             if len(caption) > MAX_CAPTION:
                 self.notes.append(f"caption cut at {MAX_CAPTION:,} characters: {self._name(file)}")
-            self.items.append((file, caption[:MAX_CAPTION]))
+            self.items.append((file, plain(caption[:MAX_CAPTION])))
         if not self.items:
             why = f" ({self.skipped[0][0]}: {self.skipped[0][1]})" if self.skipped else ""
             kind = "clip" if frames > 1 else "picture"
@@ -1059,7 +1070,7 @@ class Folder:
         lines += [f"  skipped {file}: {reason}" for file, reason in self.skipped[:10]]
         if len(self.skipped) > 10:
             lines.append(f"  ... and {len(self.skipped) - 10:,} more skipped")
-        return lines
+        return [plain(line) for line in lines]
 
     def stem(self, file):
         """A file's name for finding its namesake in another folder: no suffix, `/` between."""
@@ -1105,17 +1116,28 @@ class Folder:
 
     def _listed(self, path):
         """The (file, caption) pairs of a captions.jsonl, read line by line."""
+        root = self.root.resolve()
         with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
+            for number in itertools.count(1):
+                line = f.readline(MAX_LINE)
                 where = f"captions.jsonl line {number}"
+                if not line:
+                    return
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    self.skipped.append((where, f"longer than {MAX_LINE:,} bytes"))
+                    while line and not line.endswith(b"\n"):       # the rest of it
+                        line = f.readline(MAX_LINE)
+                    continue
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line.decode("utf-8-sig"))
                     name, caption = row["file"], row["caption"]
                     file = self.root / name
-                    inside = file.resolve().is_relative_to(self.root.resolve())
-                    words, there = " ".join(caption.split()), file.exists()
+                    inside = file.resolve().is_relative_to(root)
+                    words, there = " ".join(caption.split()), file.is_file() or file.is_dir()
+                    if inside and file.is_dir() and file != self.root:     # a clip: of no links out
+                        inside = all(p.resolve().is_relative_to(root) for p in file.iterdir())
                 except UnicodeDecodeError:
                     self.skipped.append((where, "not UTF-8 text"))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
@@ -1139,7 +1161,9 @@ class Folder:
             stream = _video(file, self.size)
         else:
             stream = _animation(file, self.size, self.frames)
-        return np.stack(_sample(stream, self.frames, self.fps))
+        with warnings.catch_warnings():                      # what is odd about a file, and can be
+            warnings.simplefilter("ignore")                  # read all the same, is not our topic
+            return np.stack(_sample(stream, self.frames, self.fps))
 
 
 def _pictures_in(folder):
@@ -1166,14 +1190,19 @@ def _sample(stream, frames, fps):
 def _animation(file, size, frames):
     """The (start, frame) pairs of a GIF or WebP; one pair for a still picture."""
     with _opened(file) as image:
+        # (not n_frames: of a GIF that means to walk through all of it)
+        moving = getattr(image, "is_animated", False)
         # a GIF may be a clip in which nothing moves: equal frames are stored as one
-        if frames > 1 and getattr(image, "n_frames", 1) == 1 and image.format != "GIF":
+        if frames > 1 and not moving and image.format != "GIF":
             raise ValueError("a still picture; give it by --image-data")
         start = 0.0
-        for k in range(frames and getattr(image, "n_frames", 1)):
-            image.seek(k)
+        for k in itertools.count():
             yield start, fit(image, size)
             start += (image.info.get("duration") or 100) / 1000        # milliseconds; none = 100
+            try:
+                image.seek(k + 1)
+            except EOFError:
+                return
 
 
 def need_av(doing):
@@ -1199,7 +1228,10 @@ def _opened(file):
     """Image.open, with the size checked before anything is decoded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # our limit is below
-        image = Image.open(file)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except Image.DecompressionBombError:                # twice pillow's own limit: 179 million
+            raise ValueError(f"it is above {MAX_PIXELS // 10**6} megapixels") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"{image.width}x{image.height} is above {MAX_PIXELS // 10**6} megapixels")
@@ -1241,11 +1273,13 @@ def fit(image, size):
 def _rgb(image):
     """Any pillow mode -> RGB; what is transparent lies on white."""
     if image.mode.startswith("I") or image.mode == "F":                # 16 or 32 bits a pixel
-        a = np.nan_to_num(np.asarray(image, np.float64))
+        a = np.nan_to_num(np.array(image, np.float32), copy=False)     # in place: it may be large
         top = 65535 if a.max() > 255 else 255 if a.max() > 1 or image.mode != "F" else 1
         if image.mode.startswith("I;16"):
             top = 65535
-        image = Image.fromarray(np.clip(a / top * 255 + 0.5, 0, 255).astype(np.uint8))
+        a *= 255 / top
+        a += 0.5
+        image = Image.fromarray(a.clip(0, 255, out=a).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -1320,21 +1354,23 @@ class Cache:
             self.labels, self.vocabulary = index["labels"], index["vocabulary"]
             self.vae, self.encoders = index["vae"], index["encoders"]
             self.shard = index["shard"]
-            missing = [k for k in range(-(-self.n // self.shard))
-                       if not (self.root / f"{k:05d}.json").is_file()]
+            shards = -(-self.n // self.shard)                # at most a million are looked for
+            missing = shards - sum((self.root / f"{k:05d}.json").is_file()
+                                   for k in range(min(shards, 10 ** 6)))
             if missing:
-                raise ValueError(f"cache not finished, {path} lacks {len(missing)} shards; run the "
+                raise ValueError(f"cache not finished, {path} lacks {missing} shards; run the "
                                  f"same train.py --stage encode again, it goes on")
             self.captions, self.where = [], {}               # where: text -> (shard, row)
             self.offsets = []                                # [shard][encoder][row]
-            for k in range(-(-self.n // self.shard)):
+            for k in range(shards):
                 part = json.loads((self.root / f"{k:05d}.json").read_text(encoding="utf-8"))
                 self.captions += part["captions"]
                 self.offsets.append(part["offsets"])
                 if self.encoders:
                     for row, text in enumerate(part["texts"]):
                         self.where.setdefault(text, (k, row))
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError, json.JSONDecodeError,
+                UnicodeDecodeError, OSError) as error:
             raise ValueError(f"damaged cache, {path} ({error!r:.80}); encode again") from None
         if len(self.captions) != self.n:
             raise ValueError(f"damaged cache, {path}: {len(self.captions)} captions for {self.n} "
@@ -1526,8 +1562,21 @@ def writable(path):
     return path
 
 
-def main(argv=None):
-    """Command line -> exit code: 0, or 2 for what the user can mend."""
+@contextmanager
+def writing(path, *temporary):
+    """`with writing(path):` an error while a file is written (a full disk, say) becomes an OSError
+    of one line that names it, and what was written beside it goes."""
+    try:
+        yield
+    except OSError as error:
+        for file in temporary:
+            Path(file).unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}; make room there, or choose "
+                      f"another folder") from None
+
+
+def parser():
+    """Every flag."""
     p = Parser(description="Look at the dataset: a sheet of it, captions below.",
                allow_abbrev=False)
     p.add_argument("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
@@ -1536,13 +1585,18 @@ def main(argv=None):
                    help="how much of the world")
     p.add_argument("--frames", type=number(int, 1, 1024), default=1,
                    help="frames a clip; 1 = pictures")
-    p.add_argument("--fps", type=number(float, 0, 1000, above=True), default=4,
+    p.add_argument("--fps", type=number(float, 0.01, 1000), default=4,
                    help="frames a second")
     p.add_argument("--size", type=picture_size, default=(64, 64), metavar="H[xW]",
                    help="in pixels (64)")
     p.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
     p.add_argument("--n", type=number(int, 1, 1000), default=24, help="how many items to show (24)")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv=None):
+    """Command line -> exit code: 0, or 2 for what the user can mend."""
+    args = parser().parse_args(argv)
     try:
         out = writable(args.preview)
         if out.suffix.lower() not in (".png", ".gif"):
@@ -1556,10 +1610,11 @@ def main(argv=None):
               f"the shapes world ({args.world}), seed {args.seed}")
         clips, captions = zip(*[data[i] for i in range(min(args.n, len(data)))])
         sheets = [contact_sheet(clips, captions, frame=f) for f in range(args.frames)]
-        if out.suffix.lower() == ".gif":
-            save_gif(out, sheets, args.fps)
-        else:
-            sheets[0].save(out)                              # of clips, their first frames
+        with writing(out):
+            if out.suffix.lower() == ".gif":
+                save_gif(out, sheets, args.fps)
+            else:
+                sheets[0].save(out)                          # of clips, their first frames
         print(f"wrote {out}")
         return 0
     except (ValueError, OSError) as error:

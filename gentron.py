@@ -37,6 +37,7 @@ Masks: True = may be attended. `# OURS:` marks what the paper leaves open, with 
 
 import math
 import os
+import pickle
 import re
 import zipfile
 from dataclasses import dataclass
@@ -80,11 +81,12 @@ class GenTronConfig:
 
     def __post_init__(self):
         self.text_dims = tuple(self.text_dims)             # a list, when read from a file
-        # The upper limit keeps a damaged or hostile checkpoint from asking for all the memory
-        for name in ("depth", "width", "heads", "patch_size", "in_channels", "mlp_ratio"):
+        # The upper limits keep a damaged or hostile checkpoint from asking for hours of building
+        for name, most in dict(depth=512, width=65536, heads=4096, patch_size=64, in_channels=1024,
+                               mlp_ratio=64).items():
             value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 65536:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to 65536")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.width % 4:
@@ -718,7 +720,8 @@ class TextEncoder(nn.Module):
                                       else FrozenEncoder(part) for part in parts)
         self.trained = any(part in make for part in parts)                 # optimise it, save it
         self.dims = tuple(encoder.dim for encoder in self.encoders)        # a config's text_dims
-        self.register_buffer("nothing", torch.zeros(0), persistent=False)   # knows the device
+        nothing = torch.zeros(0, device="cpu")             # (also while `unfilled` builds it)
+        self.register_buffer("nothing", nothing, persistent=False)         # knows the device
 
     def forward(self, captions):
         """List of B strings -> Text. The null text is the encoding of ""."""
@@ -759,7 +762,8 @@ class FrozenEncoder(nn.Module):
             # bf16 on a GPU halves T5-XXL; never fp16, in which T5 overflows
             dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
             family = CLIPTextModel if self.clip else T5EncoderModel        # T5 without its decoder
-            self.net = family.from_pretrained(path, dtype=dtype)
+            with torch.device("cpu"):                      # (also while `unfilled` builds it)
+                self.net = family.from_pretrained(path, dtype=dtype)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             reason = first_line(error)                     # the rest is advice to programmers
@@ -944,8 +948,10 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     # Only a real allocation tells: "cuda:7" is a good name, and so is a GPU of a broken driver
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        zero = torch.zeros(1, device=name)
+        zero.item()                                        # "meta" makes tensors without numbers
+        return zero.device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = first_line(error)
         raise ValueError(f"device '{name}' cannot be used ({reason}); try --device cpu") from None
 
@@ -1002,10 +1008,14 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)              # atomic: a reader sees the old file or the new
-    except (OSError, RuntimeError) as error:     # RuntimeError: torch's word for a full disk
-        if os.path.exists(temporary):
+    except (OSError, RuntimeError) as error:     # RuntimeError: torch's word for a full disk,
+        while not isinstance(error, OSError) and error.__context__:
+            error = error.__context__            # "unexpected pos 768": what went before says why
+        if os.path.lexists(temporary):
             os.remove(temporary)
-        raise OSError(f"cannot write {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OSError(f"cannot write {path}: {reason}; make room there, or choose another folder; "
+                      f"what was there is untouched") from None
 
 
 def load_checkpoint(path):
@@ -1014,8 +1024,12 @@ def load_checkpoint(path):
     not ours."""
     path = os.fspath(path)
     try:
-        # torch.load alone accepts a flipped bit; the zip's own checksums do not
+        size = os.path.getsize(path)
         with zipfile.ZipFile(path) as archive:
+            # Ours are not compressed: what claims to unpack to more than its own size is a bomb
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise ValueError(f"{path} is damaged (it claims to hold more than its own size)")
+            # torch.load alone accepts a flipped bit; the zip's own checksums do not
             bad = archive.testzip()
         if bad:
             raise ValueError(f"{path} is damaged (checksum of {bad})")
@@ -1028,6 +1042,9 @@ def load_checkpoint(path):
         raise ValueError(f"{path} cannot be read (permission denied)") from None
     except ValueError:                           # the damage that was found above
         raise
+    except pickle.UnpicklingError:               # (torch's own message says how to run it anyway)
+        raise ValueError(f"{path} is refused: it holds more than plain data and tensors (a program, "
+                         f"perhaps), or is damaged") from None
     except Exception as error:                   # whatever a broken archive or pickle can raise
         reason = first_line(error)
         raise ValueError(f"{path} is no readable checkpoint ({reason})") from None
@@ -1036,20 +1053,99 @@ def load_checkpoint(path):
     # A file of a later version may mean other things by the same names: refuse it, do not guess
     version = state.get("version")
     if version != 1:
-        raise ValueError(f"{path} has format version {version}; this code reads version 1")
+        raise ValueError(f"{path} has format version {version!r:.20}; this code reads version 1")
+    # From here on every entry is what its users take it for, and no larger than the file is
+    model = state.keys() & {"config", "text", "schedule"} or state.get("stage") != "vae"
+    needed = KINDS.keys() - {"weights", "ema", "optimizer"} if model else {"stage", "vae"}
+    kinds = {name: kind for name, kind in KINDS.items() if name in needed or name in state}
+    wrong = misfit({name: state[name] for name in kinds if name in state}, kinds, "")
+    if wrong:
+        raise ValueError(f"{path} is damaged: {wrong!a:.80} is missing, or not what it must be")
+    vae = state["vae"]
+    for weights in (state.get("weights", {}), state.get("ema", {}), vae.get("weights", {})):
+        # A tensor may repeat a few bytes for ever (stride 0)
+        if sum(w.nbytes for w in weights.values()) > size:
+            raise ValueError(f"{path} is damaged: its tensors claim more than the file holds")
+    if "config" in state and "config" in vae:
+        p, C = state["config"]["patch_size"], state["config"]["in_channels"]
+        unit = max(1, p) * 2 ** len(vae["config"]["encoder"])
+        if vae["config"]["channels"] != C or any(side % unit for side in state["size"]):
+            raise ValueError(f"{path} is damaged: its model does not fit its autoencoder")
     return state
 
 
-def load_weights(module, weights, what):
+def is_weight(x):
+    """Is x a plain tensor of real numbers, in memory? (Not sparse, nested, on "meta" ...)"""
+    return (type(x) is torch.Tensor and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested)
+
+
+def whole(low, high, step=1):
+    """A kind (below): whole numbers low, low + step, ... high."""
+    return lambda x: type(x) is int and x in range(low, high + 1, step)
+
+
+# What a checkpoint holds. A kind is a type, a function that says if a value fits, [the kind of
+# every item], {name: kind} ("*": any names), or a tuple of kinds, one of which must do. The ranges
+# of what is in "config" and "vae" are checked by their classes.
+WEIGHTS, PLAIN = {"*": is_weight}, (str, bool, int, float, type(None), [(str, bool, int, float)])
+KINDS = {
+    "stage": lambda x: x in ("vae", "t2i", "t2v"), "step": whole(0, 2 ** 40),
+    "size": lambda x: type(x) is list and len(x) == 2 and all(map(whole(8, 4096), x)),
+    "frames": whole(1, 1024), "fps": lambda x: type(x) in (int, float) and 0.01 <= x <= 1000,
+    "config": {"depth": int, "width": int, "heads": int, "patch_size": int, "in_channels": int,
+               "text_dims": [int], "conditioning": str, "temporal": bool},
+    "text": {"spec": lambda x: type(x) is str and x.count("+") < 8, "vocabulary": [str],
+             "dim": whole(4, 65536, 4)},
+    "schedule": {"kind": str, "objective": str},
+    "vae": ({"config": {"encoder": [int], "decoder": [int], "channels": int, "kl": float},
+             "weights": WEIGHTS}, {"name": str}),
+    "weights": WEIGHTS, "ema": WEIGHTS,                     # raw (last.pt alone has them), averaged
+    "optimizer": {"param_groups": list, "state": {"*": {
+        "step": is_weight, "exp_avg": is_weight, "exp_avg_sq": is_weight}}},
+    "args": {"*": PLAIN}, "made": {"*": PLAIN},
+}
+
+
+def misfit(value, kind, name):
+    """The dotted name of the first part of `value` that is not of its kind; None if all fit."""
+    if isinstance(kind, tuple):
+        wrong = [misfit(value, one, name) for one in kind]
+        return None if None in wrong else max(wrong, key=len)      # of the one that came furthest
+    if isinstance(kind, list) and isinstance(value, list):
+        value, kind = dict(enumerate(value)), {"*": kind[0]}
+    if isinstance(kind, dict) and isinstance(value, dict):
+        kinds = dict.fromkeys(value, kind["*"]) if "*" in kind else kind
+        for key in [*kinds, *(value.keys() - kinds.keys())]:       # some lack, some are too many
+            part = f"{name}.{key}" if name else str(key)
+            if key not in value or key not in kinds:
+                return part
+            if wrong := misfit(value[key], kinds[key], part):
+                return wrong
+        return None
+    good = type(value) is kind if isinstance(kind, type) else callable(kind) and kind(value)
+    return None if good else name
+
+
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """Under it, and torch.device("meta"), modules are built without memory and nothing is drawn:
+    for a model whose weights come from a file that may not hold what it says it does."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ not in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"):
+            return function(*args, **(kwargs or {}))
+
+
+def load_weights(module, weights, what, assign=False):
     """load_state_dict with names and shapes checked first. what: the part's name in the message.
-    Raises ValueError that names one tensor which differs, where torch's own lists them all."""
+    assign: the module was built `Unfilled`, and these tensors become its own. Raises ValueError
+    that names one tensor which differs, where torch's own lists them all."""
     own = module.state_dict()
     for name in own.keys() | weights.keys():     # either may have names that the other lacks
         mine, theirs = (tuple(d[name].shape) if name in d else "absent" for d in (own, weights))
         if mine != theirs:
-            raise ValueError(f"{what} does not fit: {name} is {theirs} in the file, "
+            raise ValueError(f"{what} does not fit: {name!a:.80} is {theirs} in the file, "
                              f"{mine} in the model")
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=assign)
 
 
 class Net(nn.Module):
@@ -1071,12 +1167,17 @@ class Net(nn.Module):
                        if isinstance(module, FrozenEncoder))
         return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
 
-    def load(self, weights, what):
+    def load(self, weights, what, assign=False):
         """The inverse of `weights`. what: the file's name, for the message of the ValueError that
-        is raised if they do not fit."""
+        is raised if they do not fit. assign: see `load_weights`."""
         own = self.state_dict()
         frozen = {name: own[name] for name in own.keys() - self.weights().keys()}
-        load_weights(self, {**frozen, **weights}, what)
+        load_weights(self, {**frozen, **weights}, what, assign)
+
+
+def fp32(weights):
+    """{name: tensor} -> the same in fp32, copies: ema.pt, the file to share, has half precision."""
+    return {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
 
 
 def build_vae(state):
@@ -1085,9 +1186,9 @@ def build_vae(state):
     part = state["vae"]                          # {"name": ...} or {"config": ..., "weights": ...}
     if part.get("name"):
         return PretrainedVAE(part["name"])
-    vae = VAE(**part["config"])
-    # float(): ema.pt, the file to share, holds half-precision weights
-    load_weights(vae, {k: v.float() for k, v in part["weights"].items()}, "the autoencoder")
+    with torch.device("meta"), Unfilled():       # shapes are compared before memory is asked for
+        vae = VAE(**part["config"])
+    load_weights(vae, fp32(part["weights"]), "the autoencoder", assign=True)
     return vae.requires_grad_(False).eval()
 
 
@@ -1099,9 +1200,11 @@ def build_net(state, weights="ema", text=None):
         raise ValueError("the checkpoint holds an autoencoder only, no text-to-image model")
     if state.get(weights) is None:
         raise ValueError(f"the checkpoint holds no {'EMA' if weights == 'ema' else 'raw'} weights")
-    text = TextEncoder(**state["text"]) if text is None else text
-    net = Net(GenTron(GenTronConfig(**state["config"])), text, NoiseSchedule(**state["schedule"]))
-    net.load({k: v.float() for k, v in state[weights].items()}, "the checkpoint")
+    schedule = NoiseSchedule(**state["schedule"])
+    with torch.device("meta"), Unfilled():       # (see build_vae)
+        text = TextEncoder(**state["text"]) if text is None else text
+        net = Net(GenTron(GenTronConfig(**state["config"])), text, schedule)
+    net.load(fp32(state[weights]), "the checkpoint", assign=True)
     return net.eval()
 
 

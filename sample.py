@@ -68,7 +68,7 @@ def parser():
     g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (as trained)")
     g.add_argument("--frames", type=D.number(int, 1, 1024), default=1, help="above 1: a clip")
-    g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), help="(as trained)")
+    g.add_argument("--fps", type=D.number(float, 0.01, 1000), help="(as trained)")
     g.add_argument("--out", help="FILE.png, FILE.gif, FILE.mp4, or a folder/ for one file a "
                                  "picture (out.png, out.gif); --bench: a PNG of what failed "
                                  "(bench.png); --compare: the study's page (study.html)")
@@ -376,12 +376,14 @@ def bench(args):
             record["mean"] = sum(six) / 6
             print(f"mean of the six {100 * record['mean']:5.1f}")
         records.append(record)
-    json_path.write_text(json.dumps(records if len(records) > 1 else record, indent=1),
-                         encoding="utf-8")
+    with D.writing(json_path):
+        json_path.write_text(json.dumps(records if len(records) > 1 else record, indent=1),
+                             encoding="utf-8")
     print(f"wrote {json_path}: every verdict")
     if failures:
         clips, prompts, reasons = zip(*failures[:60])
-        film_strip(clips, prompts, [(reason, FAULT) for reason in reasons]).save(sheet_path)
+        with D.writing(sheet_path):
+            film_strip(clips, prompts, [(reason, FAULT) for reason in reasons]).save(sheet_path)
         print(f"wrote {sheet_path}: {len(clips)} of {len(failures)} failures, each with its reason")
     return 0
 
@@ -424,9 +426,9 @@ def folder_pairs(args):
     size, fps = args.size, args.fps or 4.0
     if size is None:                                        # the first picture's, if not too large
         first = next((f for f in sorted(Path(args.compare[0]).iterdir())
-                      if f.suffix.lower() in D.PICTURES), None)
+                      if f.suffix.lower() in D.PICTURES and f.is_file()), None)
         size = (64, 64) if first is None else D.size_of(first)
-        size = tuple(round(side * min(1, SIDE / max(size))) for side in size)
+        size = tuple(max(1, round(side * min(1, SIDE / max(size)))) for side in size)
     a, b = (D.Folder(path, size, args.frames, fps) for path in args.compare)
     by_name = [{folder.stem(file): (k, caption) for k, (file, caption) in enumerate(folder.items)}
                for folder in (a, b)]
@@ -481,7 +483,8 @@ def study_page(path, clips_a, clips_b, prompts, names, fps):
     page = (HERE / "assets" / "study.html").read_text(encoding="utf-8")
     # no caption can close the script element
     page = page.replace("/*STUDY*/null", json.dumps(study).replace("<", "\\u003c"))
-    path.write_text(page, encoding="utf-8")
+    with D.writing(path):
+        path.write_text(page, encoding="utf-8")
     return len(few)
 
 
@@ -512,7 +515,8 @@ def compare(args):
             f"    {100 * k / n:5.1f} {percent(*wilson(k, n)):>6}" for k in counts))
     if "all" not in record["rows"]:
         print("no prompt is a sentence of the shapes world: nothing for the judge to read")
-    json_path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    with D.writing(json_path):
+        json_path.write_text(json.dumps(record, indent=1), encoding="utf-8")
     shown_pairs = study_page(page, clips_a, clips_b, prompts, names, fps)
     print(f"wrote {json_path}, and {page} for people: {shown_pairs} pairs, open it in a browser")
     return 0
@@ -622,9 +626,13 @@ def draw(args):
     check_words(sampler.net.text, prompts)
     seeds = [args.seed + k for k in range(len(prompts))]
     if inside:
-        inside(sampler, prompts, seeds).save(path)
+        sheet = inside(sampler, prompts, seeds)
+        with D.writing(path):
+            sheet.save(path)
     else:
-        write(sampler(prompts, seeds), prompts, path, folder, sampler.fps)
+        clips = sampler(prompts, seeds)
+        with D.writing(path):
+            write(clips, prompts, path, folder, sampler.fps)
     print(f"wrote {path}: {len(prompts)} {'clips' if args.frames > 1 else 'pictures'} in "
           f"{time.monotonic() - started:.1f} s")
     return 0

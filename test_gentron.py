@@ -23,8 +23,14 @@ import random
 import re
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import time
+import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +44,11 @@ import data as D
 import gentron as G
 import sample
 import train
+
+try:
+    import resource
+except ImportError:                                         # Windows
+    resource = None
 
 HERE = Path(__file__).resolve().parent
 
@@ -1509,6 +1520,7 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path):
         with pytest.raises(ValueError) as error:
             G.load_checkpoint(tmp_path / f"{name}.pt")
         assert f"{name}.pt" in str(error.value) and "\n" not in str(error.value)
+        assert ("a program, perhaps" in str(error.value)) == (name == "evil")
     assert not (tmp_path / "executed").exists()
 
 
@@ -2346,7 +2358,7 @@ def test_encode_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch, capsys)
     encode(tmp_path, *flags, out="parts")
     assert written == [1, 2]                                # the first one was kept
     names = sorted(path.name for path in whole.iterdir())
-    assert names == sorted(path.name for path in parts.iterdir()) and len(names) == 7
+    assert names == sorted(path.name for path in parts.iterdir()) and len(names) == 8
     assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
 
 
@@ -2389,10 +2401,11 @@ def test_a_cache_of_other_encoders_is_refused(pretrained, tmp_path, few, capsys)
 # The scripts, as their users run them
 # -----------------------------------------------------------------------------
 
-def script(name, *flags, cwd, code=0, timeout=120):
+def script(name, *flags, cwd, code=0, timeout=120, env=()):
     """Runs a script as a process of its own -> (stdout, stderr)."""
     result = subprocess.run([sys.executable, str(HERE / name), *flags], cwd=cwd,
-                            capture_output=True, text=True, timeout=timeout)
+                            capture_output=True, text=True, timeout=timeout,
+                            env={**os.environ, **dict(env)})
     assert result.returncode == code, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     return result.stdout, result.stderr
@@ -2768,3 +2781,607 @@ def test_the_readmes_commands_parse():
     for name, flags in commands:
         parser = {"train": train, "sample": sample}[name].parser()
         parser.parse_args(shlex.split(flags, comments=True))
+
+
+# -----------------------------------------------------------------------------
+# Faults: hostile files, full disks, two runs in one folder, kills, wrong flags
+# -----------------------------------------------------------------------------
+
+def altered(state, path, value):
+    """state with the entry at a dotted path set, or removed (...); "*" = the first name there."""
+    *parents, last = path.split(".")
+    part = state
+    for name in parents:
+        part = part[next(iter(part)) if name == "*" else int(name) if name.isdigit() else name]
+    last = next(iter(part)) if last == "*" else int(last) if isinstance(part, list) else last
+    if value is ...:
+        del part[last]
+    else:
+        part[last] = value(part[last]) if callable(value) else value
+    return state
+
+
+HOSTILE = [                     # entry of ema.pt, what it becomes, what the one line says
+    ("config.width", 10 ** 9, "width"), ("config.width", 65536, "does not fit"),
+    ("config.depth", 10 ** 6, "depth"), ("config.depth", 99, "does not fit"),
+    ("config.depth", "2", "config.depth"), ("config.depth", True, "config.depth"),
+    ("config.depth", ..., "config.depth"), ("config.heads", 0, "heads"),
+    ("config.evil", 1, "config.evil"), ("config.text_dims", [10 ** 9], "text_dims"),
+    ("config.text_dims", 7, "config.text_dims"), ("config.conditioning", "x", "conditioning"),
+    ("config.in_channels", 5, "autoencoder"), ("config.patch_size", 32, "autoencoder"),
+    ("config", ..., "config"), ("config", [1], "config"), ("text.dim", 6, "text.dim"),
+    ("text.dim", 65536, "does not fit"), ("text.spec", "none+small", "none"),
+    ("text.spec", "small+" * 99, "text.spec"), ("text.vocabulary", "red", "text.vocabulary"),
+    ("text.vocabulary.3", None, "text.vocabulary.3"), ("schedule.kind", "x", "schedule"),
+    ("schedule.steps", 10 ** 12, "schedule.steps"), ("size", [64], "size"),
+    ("size", [64, 10 ** 9], "size"), ("fps", math.nan, "fps"), ("fps", 1e-300, "fps"),
+    ("step", -1, "step"), ("frames", 10 ** 9, "frames"), ("stage", "evil", "stage"),
+    ("made", 3, "made"), ("args", torch.zeros(3), "args"), ("vae", ..., "vae"), ("vae", {}, "vae"),
+    ("vae.config.encoder", [8] * 99, "autoencoder"), ("vae.config.channels", 99, "autoencoder"),
+    ("vae.config.decoder", [16, 8, 4096], "does not fit"), ("vae.weights.*", ..., "does not fit"),
+    ("vae.weights.*", 3, "vae.weights"), ("ema", ..., "EMA"), ("ema", {}, "does not fit"),
+    ("ema.*", lambda w: w.flatten(), "does not fit"), ("ema.*", lambda w: w.to_sparse(), "ema"),
+    ("ema.*", lambda w: w.to("meta"), "ema"), ("ema.*", lambda w: w.int(), "ema"),
+    ("ema.a\nb\x1b", torch.zeros(3), "a\\nb\\x1b"),
+    ("ema.*", torch.zeros(1).expand(10 ** 6, 10 ** 6), "claim more")]
+
+
+@pytest.mark.parametrize("entry,value,word", HOSTILE, ids=[f"{e}-{w}" for e, _, w in HOSTILE])
+def test_a_hostile_checkpoint_is_refused_before_anything_is_built(tmp_path, tiny_run, capsys, entry,
+                                                                  value, word):
+    """Whatever it asks for: 99 blocks of width 65,536, say, would be 20 terabytes."""
+    state = altered(G.load_checkpoint(tiny_run / "run" / "ema.pt"), entry, value)
+    G.save_checkpoint(tmp_path / "a.pt", state)
+    before, started = peak_memory(), time.process_time()
+    refused(sample, ["a red circle", "--ckpt", str(tmp_path / "a.pt")], word, capsys)
+    assert peak_memory() - before < 200 and time.process_time() - started < 10
+
+
+def peak_memory():
+    """The most memory this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if resource else 0
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path, tiny_run):
+    with zipfile.ZipFile(tiny_run / "run" / "ema.pt") as old, \
+            zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+        new.writestr("archive/data/bomb", bytes(50_000_000))
+    with pytest.raises(ValueError, match="more than its own size"):
+        G.load_checkpoint(tmp_path / "a.pt")
+
+
+BROKEN_RUNS = [
+    ("weights", ..., "lacks weights"), ("optimizer", ..., "lacks optimizer"),
+    ("stage", "t2v", "is of stage t2v"), ("weights.*", ..., "does not fit"),
+    ("ema.*", ..., "does not fit"), ("optimizer.state", {}, "optimizer"),
+    ("optimizer.state.0.exp_avg", torch.zeros(3), "optimizer"),
+    ("optimizer.state.0.exp_avg", ..., "optimizer.state.0.exp_avg"),
+    ("optimizer.param_groups", None, "param_groups"), ("args.lr", 5.0, "--lr was 5.0")]
+
+
+@pytest.mark.parametrize("entry,value,word", BROKEN_RUNS, ids=[w for _, _, w in BROKEN_RUNS])
+def test_a_run_that_cannot_go_on_is_refused_untouched(tmp_path, tiny_run, capsys, entry, value,
+                                                      word):
+    last = tmp_path / "run" / "last.pt"
+    last.parent.mkdir()
+    G.save_checkpoint(last, altered(G.load_checkpoint(tiny_run / "run" / "last.pt"), entry, value))
+    before = last.read_bytes()
+    refused(train, [*SMALL, "--vae", str(tiny_run / "vae.pt"), "--steps", "2",
+                    "--out", str(last.parent)], word, capsys)
+    assert last.read_bytes() == before
+
+
+@pytest.fixture
+def blank(monkeypatch):
+    """Previews that take no time: empty pages, where the pictures do not matter."""
+    monkeypatch.setattr(G, "generate", lambda *a, **k: np.zeros((12, 1, 64, 64, 3), np.uint8))
+
+
+# ---- two runs in one folder
+
+TAKE = """import fcntl, sys, time
+file = open(sys.argv[1], 'w')
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print('mine', flush=True), time.sleep(600)"""
+
+
+@pytest.mark.skipif(train.fcntl is None, reason="no locks on this system")
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(tmp_path, blank, monkeypatch,
+                                                                     capsys):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt")]
+    run, forward, tried = tmp_path / "run", G.Net.forward, []
+    take = [sys.executable, "-c", TAKE, str(run / ".lock")]
+
+    def contended(self, *inputs):                           # in the middle of a run
+        tried.append(subprocess.run(take, capture_output=True, text=True).stderr)
+        return forward(self, *inputs)
+    monkeypatch.setattr(G.Net, "forward", contended)
+    run_train(tmp_path, *flags, "--steps", "1")
+    run_train(tmp_path, *flags, "--steps", "1", "--no-resume")          # a lock of its own
+    assert len(tried) == 2 and all("BlockingIOError" in said for said in tried)
+    monkeypatch.setattr(G.Net, "forward", forward)
+    other = subprocess.Popen(take, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"mine\n"
+    capsys.readouterr()
+    for more in ([], ["--no-resume"]):                      # the latter moves nothing aside
+        refused(train, [*SMALL, *flags, "--steps", "2", "--out", str(run), *more],
+                f"{run} is in use", capsys)
+    assert not (tmp_path / "run.2").exists()
+    other.kill(), other.wait()                              # a dead process's lock is no obstacle
+    run_train(tmp_path, *flags, "--steps", "2")
+
+
+# ---- disks that are full
+
+def fails(module, flags, word, capsys):
+    """The script ends with code 2 and one error, which says this; bars may stand around it."""
+    capsys.readouterr()
+    assert module.main(flags) == 2
+    err = capsys.readouterr().err
+    errors = re.findall("error: .*", err)
+    assert len(errors) == 1 and word in errors[0] and "Traceback" not in err, err
+
+
+FULL = Path("/dev/full")        # Linux: whatever is written to it, the disk is full
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+
+
+@needs_full
+@pytest.mark.parametrize("file", ["ema.pt.tmp", "last.pt.tmp", "log.csv.tmp", "loss.png",
+                                  "samples/000004.png"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, blank, capsys, file):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt")]
+    run = run_train(tmp_path, *flags, "--steps", "2")
+    before, log = (run / "last.pt").read_bytes(), (run / "log.csv").read_text()
+    (run / file).unlink(missing_ok=True)
+    (run / file).symlink_to(FULL)
+    fails(train, [*SMALL, *flags, "--steps", "4", "--out", str(run)],
+          f"cannot write {run / file.removesuffix('.tmp')}: No space left on device", capsys)
+    last = G.load_checkpoint(run / "last.pt")
+    assert last["step"] == 4 if ".png" in file else (run / "last.pt").read_bytes() == before
+    assert (run / "log.csv").read_text().startswith(log) and not list(run.glob("*.tmp"))
+    (run / file).unlink(missing_ok=True)
+    run_train(tmp_path, *flags, "--steps", "5")             # with room again, the run goes on
+    assert len((run / "log.csv").read_text().splitlines()) == 6
+
+
+@needs_full
+def test_a_full_disk_is_one_line_when_sampling(tmp_path, tiny_run, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", str(tiny_run / "run" / "ema.pt"), "--steps", "1"]
+    for name in ("out.png", "a.json", "out.gif"):
+        Path(name).symlink_to(FULL)
+    full = ": No space left on device"
+    fails(sample, ["a red circle", *flags], f"out.png{full}", capsys)
+    fails(sample, ["a red circle", *flags, "--strip"], f"out.png{full}", capsys)
+    fails(sample, ["--bench", "--n", "1", "--category", "color", "--json", "a.json", *flags],
+          f"a.json{full}", capsys)
+    code, _, err = run_data(capsys, "--preview", "out.gif", "--n", 1)
+    assert code == 2 and f"out.gif{full}" in err
+
+
+@pytest.mark.skipif(resource is None, reason="no such limits here")
+def test_a_file_size_limit_is_one_line_and_the_last_checkpoint_stays(tmp_path, blank, capsys):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt")]
+    run = run_train(tmp_path, *flags, "--steps", "2")
+    before, limits = (run / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        fails(train, [*SMALL, *flags, "--steps", "3", "--out", str(run)], "File too large",
+              capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob("*.tmp"))
+
+
+# ---- stopped, killed, and gone on
+
+def ended_state(run):
+    """All that a run leaves for the next one: tensors by name, and its log without the speed."""
+    last = G.load_checkpoint(run / "last.pt")
+    tensors = {f"{part} {k}": w for part in ("weights", "ema") for k, w in last[part].items()}
+    for k, moments in last["optimizer"]["state"].items():
+        tensors |= {f"{name} {k}": m for name, m in moments.items()}
+    return tensors, [row[:-1] for row in csv.reader(open(run / "log.csv"))]
+
+
+def stop_at(monkeypatch, how, steps):
+    """Makes a run that is to be stopped by --minutes or a signal stop after each of these steps."""
+    clock, write = [0.0], train.Log.write
+
+    def monotonic():
+        clock[0] += 1e-6                                    # (a speed is divided by the difference)
+        return clock[0]
+
+    def written(self, step, *more):
+        write(self, step, *more)
+        if step in steps and how == "minutes":
+            clock[0] += 60
+        elif step in steps:
+            os.kill(os.getpid(), getattr(signal, how))
+    monkeypatch.setattr(train.time, "monotonic", monotonic)
+    monkeypatch.setattr(train.Log, "write", written)
+
+
+@pytest.fixture
+def handlers():
+    """Train.py answers signals; afterwards pytest does again."""
+    old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in old.items():
+        signal.signal(name, handler)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT"])
+def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, blank, monkeypatch, capsys,
+                                                      handlers, how):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt"), "--steps", "5"]
+    run_train(tmp_path, *flags, out="whole")
+    stop_at(monkeypatch, how, [2])
+    run = run_train(tmp_path, *flags)
+    assert f"stopped by {how} after step 2 of 5, saved" in capsys.readouterr().out
+    assert G.load_checkpoint(run / "last.pt")["step"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL    # a second one leaves at once
+    run_train(tmp_path, *flags)
+    compare_ends(tmp_path / "whole", run)
+
+
+def compare_ends(whole, parts):
+    (a, rows), (b, others) = ended_state(whole), ended_state(parts)
+    assert weights_equal(a, b) and rows == others
+
+
+MATRIX = [("vae", 1, 0, "minutes"), ("vae", 2, 2, "SIGTERM"), ("t2i", 1, 2, "SIGINT"),
+          ("t2i", 2, 0, "minutes"), ("t2i", 2, 2, "steps"), ("t2v", 1, 2, "minutes"),
+          ("t2v", 2, 0, "SIGTERM"), ("t2v", 1, 0, "steps")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage,accum,workers,how", MATRIX)
+def test_thirty_steps_are_ten_and_ten_and_ten(tmp_path, monkeypatch, handlers, stage, accum,
+                                              workers, how):
+    flags = ["--vae", save_tiny_vae(tmp_path / "vae.pt")]
+    if stage == "t2v":
+        parent = run_train(tmp_path, *flags, "--steps", "1", out="parent")
+        flags = ["--init", str(parent / "ema.pt"), "--frames", "3", "--p-motion-free", "0.5"]
+    flags = flags if stage != "vae" else []
+    flags += ["--stage", stage, "--batch-size", "4", "--grad-accum", str(accum), "--size", "32",
+              "--workers", str(workers)]
+    run_train(tmp_path, *flags, "--steps", "30", out="whole")
+    if how != "steps":
+        stop_at(monkeypatch, how, [10, 20])
+    for steps in (10, 20, 30):
+        run = run_train(tmp_path, *flags, "--minutes", "0.5",
+                        "--steps", str(steps if how == "steps" else 30))
+        assert G.load_checkpoint(run / "last.pt")["step"] == steps
+    compare_ends(tmp_path / "whole", run)
+    previews = [next((tmp_path / r / "samples").glob("000030*")) for r in ("whole", "run")]
+    assert previews[0].read_bytes() == previews[1].read_bytes()
+
+
+# Forks runs of train.py and kills them: at a random moment, or as soon as a file is being written
+KILLER = """import json, os, random, signal, sys, time
+import torch, train
+run, kills, flags = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+from pathlib import Path
+out, luck, seen, inside, k = Path(run), random.Random(0), [], 0, 0
+while k < kills:
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)        # (threads do not survive a fork)
+        os._exit(train.main([*flags, "--out", run]))
+    log, rows = out / "log.csv", luck.randint(1, 3)
+    size = lambda: log.stat().st_size if log.exists() else 0
+    before, ended = size(), (0, 0)
+    while ended[0] == 0 and size() < before + 40 * rows:    # it trains, and saves every step
+        time.sleep(0.005)
+        ended = os.waitpid(pid, os.WNOHANG)
+    if luck.random() < 0.7:
+        while ended[0] == 0 and not any(out.glob("*.tmp")):
+            time.sleep(0.0005)
+            ended = os.waitpid(pid, os.WNOHANG)
+    time.sleep(luck.random() * 0.02)
+    if ended[0] == 0:
+        os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+        k += 1
+    inside += any(out.glob("*.tmp"))
+    state = train.G.load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else {"step": 0}
+    assert (seen[-1] if seen else 0) <= state["step"], (seen, state["step"])
+    seen.append(state["step"])
+    print(k, state["step"], inside, file=sys.stderr, flush=True)
+    if ended[0]:                        # came to its end: begin again, further kills are due
+        assert ended[1] == 0 and state["step"] == 60
+        out.rename(f"{run}.{k}"), seen.clear()
+print(json.dumps([kills, inside]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork, no SIGKILL")
+def test_killed_anywhere_the_run_goes_on_to_the_same_end(tmp_path, capfd):
+    """GENTRON_KILLS=25 for more than CI's eight."""
+    flags = [*SMALL, "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--steps", "60", "--save-every",
+             "1", "--sample-every", "1000", "--size", "32"]
+    kills = os.environ.get("GENTRON_KILLS", "8")
+    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "run"), kills,
+                           json.dumps(flags)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    print("kills, of them inside of a save:", done.stdout.splitlines()[-1])
+    for out in ("whole", "run"):                            # a process each, of one thread too
+        script("train.py", *flags, "--out", out, cwd=tmp_path, timeout=600,
+               env={"OMP_NUM_THREADS": "1"})
+    compare_ends(tmp_path / "whole", tmp_path / "run")
+    for name in ("last.pt", "ema.pt"):
+        assert G.load_checkpoint(tmp_path / "run" / name)["step"] == 60
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+# ---- hostile pictures and captions
+
+def tiny_frames(n):
+    """A GIF of n frames of one pixel, 23 bytes each, 10 ms apart."""
+    frame = b"\x21\xf9\x04\x00\x01\x00\x00\x00" b"\x2c\0\0\0\0\1\0\1\0\0" b"\x02\x02\x44\x01\x00"
+    return b"GIF89a\x08\x00\x08\x00\x80\x00\x00" + bytes(6) + frame * n + b"\x3b"
+
+
+def test_hostile_pictures_cost_little(tmp_path):
+    (tmp_path / "long.gif").write_bytes(tiny_frames(100_000))
+    Image.new("1", (8, 8)).save(tmp_path / "bomb.png")      # says that it is 60,000 pixels wide
+    data = bytearray((tmp_path / "bomb.png").read_bytes())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "bomb.png").write_bytes(data)
+    Image.new("L", (60_000, 2)).save(tmp_path / "wide.png")
+    Image.new("L", (9, 9)).save(tmp_path / "page.eps")
+    (tmp_path / "page.eps").rename(tmp_path / "page.png")               # PostScript is a program
+    before, started = peak_memory(), time.process_time()
+    for frames, names in ((1, ["long.gif", "wide.png"]), (8, ["long.gif"])):
+        folder = D.Folder(tmp_path, (16, 16), frames)
+        assert [file.name for file, _ in folder.items] == names
+    why = dict(D.Folder(tmp_path, (16, 16)).skipped)
+    assert "above 70 megapixels" in why["bomb.png"] and "cannot identify" in why["page.png"]
+    assert peak_memory() - before < 200 and time.process_time() - started < 2
+    with pytest.raises(ValueError, match="megapixels"):                 # also of --compare
+        D.size_of(tmp_path / "bomb.png")
+
+
+def test_hostile_captions_are_skipped_and_printed_harmlessly(tmp_path, capsys):
+    root = tmp_path / "mine"
+    put(root / "a.png", quarters())
+    put(tmp_path / "out" / "secret.png", quarters())
+    (root / "clip").mkdir()
+    (root / "clip" / "0.png").symlink_to(tmp_path / "out" / "secret.png")
+    (root / "far").symlink_to(tmp_path / "out")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(root / "pipe.png")                        # whoever opens it waits for ever
+    rows = [dict(file=name, caption="x") for name in ("clip", "far/secret.png", "far", "..", ".",
+                                                      "clip/../../out/secret.png", "pipe.png")]
+    rows.append(dict(file="a.png", caption="a \x1b[31mred \ud800 circle"))
+    lines = [b"x" * (3 * D.MAX_LINE), *(json.dumps(row).encode() for row in rows)]
+    (root / "captions.jsonl").write_bytes(b"\n".join(lines))
+    folder = D.Folder(root, (16, 16))
+    assert folder.captions == ["a ?[31mred ? circle"] and len(folder.skipped) == 8
+    why = dict(folder.skipped)
+    assert "longer than 1,048,576 bytes" in why["captions.jsonl line 1"]
+    for number in (2, 3, 4, 5, 7):
+        assert why[f"captions.jsonl line {number}"].endswith("lies outside of the folder")
+    assert why["captions.jsonl line 6"] == "no file '.'"
+    assert why["captions.jsonl line 8"] == "no file 'pipe.png'"
+    (tmp_path / "odd").mkdir()
+    put(tmp_path / "odd" / "b.png", quarters())
+    Path(os.fsdecode(os.fsencode(tmp_path / "odd") + b"/caf\xe9.png")).write_bytes(b"no picture")
+    code, said, _ = run_data(capsys, "--preview", tmp_path / "o.png", "--data", tmp_path / "odd")
+    assert code == 0 and "skipped caf?.png" in said
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_captions_without_pictures_cost_little(tmp_path):
+    put(tmp_path / "a.png", quarters())
+    names = ["a.png", *(f"{k}.png" for k in range(1, 100_000))]
+    rows = (json.dumps({"file": name, "caption": "c"}) for name in names)
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
+    before, started = peak_memory(), time.process_time()
+    folder = D.Folder(tmp_path, (16, 16))
+    assert len(folder) == 1 and "99,989 more skipped" in folder.report()[-1]
+    assert peak_memory() - before < 100 and time.process_time() - started < 30
+
+
+# ---- every flag's wrong values
+
+def wrong_values():
+    """(script, flag, value): for a number what is none, or too small or large a one; for a choice
+    none of them. Flags that name files or models are in BAD_TRAIN and BAD_SAMPLE."""
+    for module in (train, sample, D):
+        for action in module.parser()._actions:
+            if not action.option_strings or action.nargs == 0 or action.dest in ("resume", "help"):
+                continue
+            values = ["nonsense", ""] if action.choices else []
+            if action.type and action.type is not str and action.dest != "ckpt":
+                values = ["x", "", "-1", "nan", "inf", "1e999", "9" * 400, "1,x", "٣٫"]
+            for value in values:
+                yield module, action.option_strings[0], value
+
+
+@pytest.mark.parametrize("module,flag", sorted({(m, f) for m, f, _ in wrong_values()}, key=str),
+                         ids=lambda x: getattr(x, "__name__", x))
+def test_every_wrong_value_is_one_line_that_names_the_flag(module, flag, tmp_path, monkeypatch,
+                                                           capsys):
+    monkeypatch.chdir(tmp_path)
+    needed = ["--preview", "out.png"] if module is D else []
+    for _, _, value in (w for w in wrong_values() if w[:2] == (module, flag)):
+        refused(module, [*needed, f"{flag}={value}"], flag, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- five hundred mutated inputs
+
+JUNK = (None, True, -1, 0, 3, 10 ** 9, 2 ** 70, 1e308, math.nan, "", "x" * 5000, "\ud800\x1b\n",
+        b"x", [], [[]], {}, {"x": {}}, torch.zeros(2), torch.zeros(1).expand(9 ** 9),
+        torch.ones(2).half())
+WORDS = ("x", "", "-1", "0", "1", "2", "7", "0.5", "nan", "1e999", "9" * 30, "1,2", "off", "--",
+         "\0", "../..", "/proc/x/y", "\u202e.png", "a" * 300, "meta", "out.gif", "-", "good.pt",
+         "{}", "16x8")
+
+
+def mutated(data, luck):
+    """Bytes with one to three things done to them."""
+    data = bytearray(data)
+    for _ in range(luck.randint(1, 3)):
+        i, n = luck.randrange(len(data)), luck.choice((1, 2, 8, 200))
+        how = luck.randrange(6)
+        if how == 0:
+            data[i] ^= 1 << luck.randrange(8)
+        elif how == 1:
+            data[i:i + n] = luck.randbytes(n)
+        elif how == 2:
+            data[i:i] = data[luck.randrange(len(data)):][:n]
+        elif how == 3:
+            data[i:i + n] = bytes([luck.choice((0, 255))]) * n
+        elif how == 4:
+            del data[i:i + n]
+        else:
+            del data[max(i, 1):]
+        data = data or bytearray(b"x")
+    return bytes(data)
+
+
+def mutated_state(state, luck):
+    """A checkpoint with one entry, at any depth, replaced, removed, added or renamed."""
+    part = state
+    while True:
+        inner = [v for v in part.values() if isinstance(v, dict) and v]
+        if not inner or luck.random() < 0.3:
+            break
+        part = luck.choice(inner)
+    key, how = luck.choice(sorted(part, key=str)), luck.randrange(5)
+    if how == 0:
+        del part[key]
+    elif how == 1:
+        part[luck.choice(("", "x", 7, "a\n", "steps", "name"))] = luck.choice(JUNK)
+    elif how == 2:
+        part[f"{key}."] = part.pop(key)
+    elif isinstance(part[key], torch.Tensor) and how == 3:
+        weight = part[key]
+        part[key] = luck.choice((weight * math.nan, weight[None], weight[None][:0], weight.int()))
+    else:
+        part[key] = luck.choice(JUNK)
+    return state
+
+
+def fuzz_cases(home, vae):
+    """(kind, script, command line), each after its input was written; a seed a case."""
+    good = (home / "good.pt").read_bytes()
+    draw = ["a red circle", "--steps", "1", "--size", "16", "--out", "drawn.png"]
+    tiny = [*SMALL, "--vae", vae, "--steps", "1", "--size", "16"]
+    preview = ["--preview", "sheet.gif", "--n", "2", "--size", "16", "--data"]
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    for k in range(200):
+        luck = random.Random(f"checkpoint {k}")
+        if k % 3 == 0:
+            Path("bad.pt").write_bytes(mutated(good, luck))
+        else:
+            state = mutated_state(G.load_checkpoint(home / ("good.pt" if k % 3 == 1 else
+                                                            "run/last.pt")), luck)
+            torch.save(state, "bad.pt")
+        if k % 3 < 2:
+            yield "checkpoint, sampled from", sample, [*draw, "--ckpt", "bad.pt"]
+        elif k % 2:
+            yield "checkpoint, started from", train, [*tiny, "--init", "bad.pt", "--out", "r1",
+                                                      "--no-resume"]
+        else:
+            Path("r2").mkdir(exist_ok=True)
+            Path("bad.pt").replace("r2/last.pt")
+            yield "checkpoint, gone on from", train, [*SMALL, "--vae", vae, "--steps", "2",
+                                                      "--out", "r2"]
+    for k in range(130):
+        luck, file = random.Random(f"picture {k}"), io.BytesIO()
+        kind = luck.choice(("png", "jpeg", "webp", "tiff", "bmp"))
+        mode = luck.choice(("RGB", "L", "P", "1") if kind != "jpeg" else ("RGB", "L", "CMYK"))
+        noisy.convert(mode).save(file, kind)
+        shutil.rmtree("mine", ignore_errors=True)
+        Path("mine").mkdir()
+        Path(f"mine/a.{kind}").write_bytes(mutated(file.getvalue(), luck))
+        yield "picture", D, [*preview, "mine"]
+    for k in range(60):
+        luck = random.Random(f"gif {k}")
+        if k % 2:
+            data = tiny_frames(50)
+        else:
+            D.save_gif("a.gif", [noisy.rotate(90 * r) for r in range(4)])
+            data = Path("a.gif").read_bytes()
+        shutil.rmtree("mine", ignore_errors=True)
+        Path("mine").mkdir()
+        Path("mine/a.gif").write_bytes(mutated(data, luck))
+        yield "animation", D, [*preview, "mine", "--frames", "3"]
+    for k in range(90):
+        luck = random.Random(f"captions {k}")
+        put(Path("mine/a.png"), noisy)
+        rows = [{"file": "a.png", "caption": "a red circle"}, {"caption": "\ud800"}]
+        rows.append({luck.choice(("file", "caption", "x")): luck.choice(
+            ("a.png", "..", "/etc/passwd", "\0", 7, None, [], "mine", "\ud800", "x" * 9999))})
+        text = "\n".join(json.dumps({**rows[0], **row}) for row in rows).encode()
+        Path("mine/captions.jsonl").write_bytes(mutated(text, luck))
+        yield "captions", D, [*preview, "mine"]
+    for k in range(150):
+        luck = random.Random(f"command {k}")
+        module, base, end = luck.choice((
+            (train, tiny, ["--steps=1", "--workers=0", "--out=r3", "--no-resume"]),
+            (sample, [*draw, "--ckpt", "good.pt"], ["--n=1", "--steps=1"]),
+            (D, [*preview, "shapes"], ["--n=2"])))
+        # (not --text and --vae, whose values are names for libraries that take seconds to import)
+        flags = [a for a in module.parser()._actions if a.option_strings and a.dest not in
+                 ("help", "text", "vae", "preset", "benchmark", "dry_run", "fsdp", "compile")]
+        for action in luck.sample(flags, luck.randint(1, 3)):
+            count = {0: 0, 2: 2, "+": 2}.get(action.nargs, 1)
+            words = [*WORDS, *(action.choices or ())]
+            base = [*base, action.option_strings[0], *luck.choices(words, k=count)]
+        if luck.random() < 0.2:
+            base = luck.sample(base, len(base))             # shuffled
+        yield "command line", module, [*base, *end]
+
+
+@pytest.mark.slow
+def test_five_hundred_mutated_inputs_end_well_or_with_one_clear_line(tmp_path, tiny_run, capsys,
+                                                                     monkeypatch, handlers):
+    """No traceback, no hang, no memory, nothing overwritten; each case can be made again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.DRAWN, "t2i", 64)
+    monkeypatch.setattr(train, "preview_samples", lambda *_: "")
+    shutil.copytree(tiny_run / "run", "home/run")
+    for name in ("home/good.pt", "good.pt"):
+        shutil.copy(tiny_run / "run" / "ema.pt", name)
+    Path("precious.png").write_text("precious")
+    before, kept, ends, wrong = peak_memory(), Path("good.pt").read_bytes(), Counter(), []
+    old = signal.signal(signal.SIGPROF, hang), signal.signal(signal.SIGALRM, hang)
+    for kind, module, argv in fuzz_cases(tmp_path / "home", str(tiny_run / "vae.pt")):
+        capsys.readouterr()
+        signal.setitimer(signal.ITIMER_PROF, 10)            # of computing ...
+        signal.alarm(120)                                   # ... or of waiting
+        try:
+            code = module.main(argv)
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException as error:
+            code = repr(error)
+        signal.setitimer(signal.ITIMER_PROF, 0), signal.alarm(0)
+        err = capsys.readouterr().err
+        errors = re.findall("error: .*", err)
+        ends[kind, code] += 1
+        if code not in (0, 2) or len(errors) != code // 2 or "Traceback" in err:
+            wrong.append((kind, argv, code, err[-300:]))
+        assert Path("good.pt").read_bytes() == kept and not list(Path().rglob("*.tmp"))
+    signal.signal(signal.SIGPROF, old[0]), signal.signal(signal.SIGALRM, old[1])
+    with capsys.disabled():
+        print(f"\n{sum(ends.values())} cases, peak memory + {peak_memory() - before} MB")
+        for (kind, code), n in sorted(ends.items(), key=str):
+            print(f"{kind:>26}: {n:3d} ended with {code}")
+    assert not wrong, f"{len(wrong)} of them: {wrong[:3]}"
+    assert sum(ends.values()) >= 500 and peak_memory() - before < 2000
+    assert Path("precious.png").read_text() == "precious"
+
+
+def hang(*_):
+    raise TimeoutError("hangs")

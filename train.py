@@ -35,7 +35,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,11 @@ from tqdm import tqdm
 
 import data as D
 import gentron as G
+
+try:
+    import fcntl
+except ImportError:                                         # Windows: two runs are not kept apart
+    fcntl = None
 
 HERE = Path(__file__).resolve().parent
 
@@ -97,7 +102,7 @@ def parser():
     g.add_argument("--world", choices=("basic", "full"), help="of the shapes (t2i, t2v: basic)")
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (nano: 64, else 256)")
     g.add_argument("--frames", type=D.number(int, 1, 1024), help="t2v: frames a clip (8)")
-    g.add_argument("--fps", type=D.number(float, 0, 1000, above=True), default=4.0,
+    g.add_argument("--fps", type=D.number(float, 0.01, 1000), default=4.0,
                    help="t2v: frames a second (4)")
     g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
     g.add_argument("--p-motion-free", type=share, default=0.1,
@@ -177,11 +182,13 @@ def prepare(args):
     else:
         args.out = args.out or str(Path("runs") / args.stage)
         out = Path(args.out)
+        args.lock = lock(out, args)
         if args.main and not args.resume and (out / "last.pt").exists():
             aside = next(p for k in itertools.count(1)
                          if not (p := out.with_name(f"{out.name}.{k}")).exists())
             out.rename(aside)
             print(f"moved the old run to {aside}")
+            args.lock = lock(out, args)                     # (the other one moved, too)
         D.writable(out / "last.pt")
         if args.world_size > 1:
             dist.barrier()                                  # nobody looks before it has moved
@@ -207,6 +214,22 @@ def prepare(args):
     own = args.batch_size // args.world_size                # this process's slice of every batch
     args.own = slice(args.rank * own, (args.rank + 1) * own)
     return last, init
+
+
+def lock(out, args):
+    """Takes the run's folder for this process, or raises ValueError if another run has it. Returns
+    the open file that holds the lock: the system drops it with the process, however that ends."""
+    file = open(D.writable(out / ".lock"), "w") if args.main else None
+    try:
+        if file and fcntl:
+            # lockf, not flock: loader workers inherit the latter, and outlive a killed run a while
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{out} is in use, another run is training there; wait for it or stop it, "
+                         f"or choose another folder by --out") from None
+    except OSError:
+        pass                                                # a file system that knows no locks
+    return file
 
 
 # -----------------------------------------------------------------------------
@@ -579,13 +602,19 @@ class Log:
         self.latest, self.file = collections.deque(maxlen=100), None
         if not main:
             return
-        rows = []
+        self.path, rows = path, []
         if first and path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit()]
-        self.file = open(path, "w", newline="")
+            with open(path, newline="", errors="replace") as file:
+                rows = [row for row in csv.reader(line.replace("\0", "") for line in file)
+                        if len(row) == len(COLUMNS) and row[0].isdecimal()
+                        and int(row[0]) <= first]           # (not the half of a row, either)
+        beside = path.with_name("log.csv.tmp")              # as in save_checkpoint: old or new
+        with D.writing(path, beside):
+            with open(beside, "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+            os.replace(beside, path)
+            self.file = open(path, "a", newline="")
         self.writer = csv.writer(self.file)
-        self.writer.writerows([COLUMNS, *(row for row in rows if int(row[0]) <= first)])
 
     def write(self, step, losses, t, norm, skipped, speed):
         """losses (B,), t (B,) or None: the mean loss, and its mean in four bands of noise."""
@@ -596,9 +625,10 @@ class Log:
             bands = [f"{losses[band == k].mean():.7g}" if (band == k).any() else ""
                      for k in range(4)]
         if self.file:
-            self.writer.writerow([step, f"{self.latest[-1]:.7g}", *bands, f"{norm:.5g}", skipped,
-                                  f"{speed:.1f}"])
-            self.file.flush()
+            with D.writing(self.path):
+                self.writer.writerow([step, f"{self.latest[-1]:.7g}", *bands, f"{norm:.5g}",
+                                      skipped, f"{speed:.1f}"])
+                self.file.flush()
 
     def recent(self):
         """Mean loss of the last 100 steps."""
@@ -641,7 +671,8 @@ def plot_log(log, path):
         pen.line(points, fill=ink, width=3 if name == "loss" else 1)
         pen.text((x, 6), label, fill=ink, font=font)
         x += 24 + pen.textlength(label, font=font)
-    image.save(path)
+    with D.writing(path):
+        image.save(path)
 
 
 def provenance(args):
@@ -659,7 +690,25 @@ def flags_of(args):
     """The flags as plain values, for the checkpoint and for comparing on resume."""
     plain = {tuple: list, torch.device: str}
     return {k: plain.get(type(v), lambda same: same)(v) for k, v in vars(args).items()
-            if k not in ("main", "rank", "world_size", "own")}
+            if k not in ("main", "rank", "world_size", "own", "lock")}
+
+
+def check_resumable(args, last):
+    """ValueError if last.pt is not all of a run of this stage (ema.pt, say, under its name)."""
+    parts = [name for name in ("weights", "ema", "optimizer") if name not in last]
+    if parts or last["stage"] != args.stage:
+        what = f"lacks {', '.join(parts)}" if parts else f"is of stage {last['stage']}"
+        raise ValueError(f"{args.out}/last.pt {what}, so no run can go on from it; use --out for a "
+                         f"new run, or --no-resume")
+
+
+def check_moments(args, moments, weights):
+    """ValueError if an optimizer's saved state is not that of these weights."""
+    shapes = {k: [(), p.shape, p.shape] for k, p in enumerate(weights)}
+    saved = {k: [m[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+             for k, m in moments.items()}
+    if saved != shapes:
+        raise ValueError(f"{args.out}/last.pt is damaged: its optimizer does not fit its weights")
 
 
 def check_same_flags(args, saved):
@@ -684,7 +733,7 @@ def measure_latents(vae, dataset, args, n=512):
 
 
 def save(out, state, net, ema, optimizer, step, args, dataset, vae):
-    """last.pt: all of the run. ema.pt: what somebody else needs to sample from it."""
+    """ema.pt: what somebody else needs to sample from the run. last.pt: all of it."""
     if args.stage == "vae":
         measure_latents(ema, dataset, args)
         vae, weights, averaged = ema, net.state_dict(), ema.state_dict()
@@ -698,14 +747,14 @@ def save(out, state, net, ema, optimizer, step, args, dataset, vae):
              "made": provenance(args)}
     if isinstance(vae, G.VAE):
         state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
-    G.save_checkpoint(out / "last.pt", {**state, "weights": weights, "ema": averaged,
-                                        "optimizer": moments})
+    everything = {**state, "weights": weights, "ema": averaged, "optimizer": moments}
     half = lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     if isinstance(vae, G.VAE):
         state["vae"] = {**state["vae"], "weights": half(state["vae"]["weights"])}
     if args.stage != "vae":
         state["ema"] = half(averaged)
-    G.save_checkpoint(out / "ema.pt", state)
+    G.save_checkpoint(out / "ema.pt", state)                # first: a run is done when last.pt is,
+    G.save_checkpoint(out / "last.pt", everything)          # and then nobody writes ema.pt again
 
 
 # -----------------------------------------------------------------------------
@@ -767,7 +816,8 @@ def preview_vae(path, vae, dataset, args):
     error = np.square(clips / 255.0 - back / 255.0).mean((1, 2, 3, 4))
     labels = ["picture"] * len(clips) + ["round trip"] * len(clips)
     if args.main:
-        D.contact_sheet([*clips, *back], labels, columns=len(clips)).save(f"{path}.png")
+        with D.writing(f"{path}.png"):
+            D.contact_sheet([*clips, *back], labels, columns=len(clips)).save(f"{path}.png")
     return f"PSNR {-10 * np.log10(np.maximum(error, 1e-10)).mean():.1f} dB"
 
 
@@ -786,10 +836,9 @@ def preview_samples(path, net, vae, dataset, prompts, args):
     if args.main:
         sheets = [D.contact_sheet(clips, prompts, notes=notes, frame=f)
                   for f in range(clips.shape[1])]
-        if len(sheets) == 1:
-            sheets[0].save(f"{path}.png")
-        else:
-            D.save_gif(f"{path}.gif", sheets, args.fps)
+        file = f"{path}.{'gif' if len(sheets) > 1 else 'png'}"
+        with D.writing(file):
+            D.save_gif(file, sheets, args.fps) if len(sheets) > 1 else sheets[0].save(file)
     return verdict
 
 
@@ -941,7 +990,7 @@ def start(args, dataset, pictures, last, init):
     state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
     if args.stage == "vae":
         net = vae = G.build_vae(last).requires_grad_(True)
-        net.load_state_dict(last["weights"])                # (last["vae"] holds the averages)
+        G.load_weights(net, last["weights"], f"{args.out}/last.pt")     # (last["vae"]: averages)
     else:
         text = text_encoder(last["text"], dataset, pictures, args)
         net, vae = G.build_net(last, "weights", text), G.build_vae(last).to(args.device)
@@ -954,7 +1003,8 @@ def equip(net, args, last=None):
     frozen = {id(m): m for m in net.modules() if isinstance(m, (G.FrozenEncoder, StoredText))}
     ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
     if last:                # while tensors are whole: a checkpoint knows nothing of processes
-        ema.load_state_dict({**ema.state_dict(), **last["ema"]})
+        load = partial(G.load_weights, ema) if args.stage == "vae" else ema.load
+        load(last["ema"], f"{args.out}/last.pt")
     for module in (net.train(), ema):
         if args.fsdp:
             shard(module, args)                             # it moves what it cuts, block by block
@@ -968,10 +1018,11 @@ def equip(net, args, last=None):
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
                                   betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if last:
-        saved, trained = last["optimizer"], optimizer.param_groups[0]["params"]
-        moments = {k: {name: cut_like(x, trained[k]) for name, x in saved["state"][k].items()}
-                   for k in saved["state"]}
-        optimizer.load_state_dict({**saved, "state": moments})
+        saved, trained = last["optimizer"]["state"], optimizer.param_groups[0]["params"]
+        check_moments(args, saved, trained)
+        moments = {k: {name: cut_like(x, trained[k]) for name, x in saved[k].items()}
+                   for k in saved}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     copies = args.world_size > 1 and not args.fsdp
     return ema, optimizer, torch.nn.parallel.DistributedDataParallel(net) if copies else net
 
@@ -1000,6 +1051,7 @@ def train(args):
     last, init = prepare(args)
     out, stop = Path(args.out), Stop(args)
     if last:
+        check_resumable(args, last)
         check_same_flags(args, last["args"])
     dataset, pictures, prompts = open_data(args)
     net, vae, state = start(args, dataset, pictures, last, init)
@@ -1362,7 +1414,8 @@ def main(argv=None):
         return (dry_run if args.dry_run else benchmark if args.benchmark else
                 encode if args.stage == "encode" else train)(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # (of a worker's error, which comes with its traceback, the last line)
+        print(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
