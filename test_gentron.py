@@ -1883,31 +1883,6 @@ def test_dry_run_of_the_largest_allocates_nothing(tmp_path):
             assert row[5] < rows["no flag"][5]
 
 
-def test_dry_runs_numbers_are_those_of_an_allocated_model():
-    """Weights, FLOPs and what a forward pass keeps for the backward pass: imagined, and real."""
-    cfg = G.GenTronConfig(depth=4, width=32, heads=2, text_dims=(24, 16), temporal=True)
-    shape, model = (3, 2, 4, 8, 8), G.GenTron(cfg).train()
-    assert train.count_weights(cfg) == sum(p.numel() for p in model.parameters())
-    text, z, t = train.random_text(cfg.text_dims, 3), noise(*shape), torch.tensor([1.0, 2.0, 3.0])
-    # torch's counter overlooks fused attention on the CPU: by hand, two products of each
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        model(z, t, text)
-    pairs = 3 * (2 * 16 ** 2 + 32 * train.WORDS + 16 * 2 ** 2)     # self, cross, temporal scores
-    by_hand = counter.get_total_flops() + cfg.depth * 2 * 2 * pairs * cfg.width
-    assert train.count_flops(cfg, shape) == by_hand
-    for again in (False, True):
-        model.checkpoint_activations, kept = again, {}
-        with torch.autograd.graph.saved_tensors_hooks(
-                lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x):
-            model(z, t, text)
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        real = sum(x.untyped_storage().nbytes() for k, x in kept.items() if k not in weights)
-        assert train.count_saved(cfg, shape, again=again) == pytest.approx(real, rel=0.02)
-    fixed, an_item = train.count_activations(cfg, shape)
-    real = train.count_saved(cfg, shape)                    # (real, as the loop has shown)
-    assert fixed + 3 * an_item == pytest.approx(real, rel=0.02)
-
-
 def test_benchmark_tells_speeds_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [*SMALL, "--benchmark", "--stage", "t2v", "--steps", "2", "--batch-size", "2"]
@@ -2561,7 +2536,8 @@ def test_compare_reads_folders_of_any_system(tmp_path, monkeypatch, capsys):
     assert "1 pictures without a namesake" in capsys.readouterr().out
     record = json.loads(Path("study.json").read_text())
     assert record["rows"]["all"] == {"n": 3, "win": 1, "draw": 2, "lose": 0}
-    study = json.loads(re.search(r"STUDY = (.*?);\n", Path("study.html").read_text())[1])
+    page = Path("study.html").read_text()
+    study, _ = json.JSONDecoder().raw_decode(page[page.index("STUDY = ") + len("STUDY = "):])
     assert [pair["prompt"] for pair in study["pairs"]] == prompts
     assert study["names"] == {"a": "ours", "b": "theirs"} and len(study["id"]) == 8
     assert all(pair[side].startswith("data:image/png;base64,")
