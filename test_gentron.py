@@ -2849,7 +2849,7 @@ def blank(monkeypatch):
 TAKE = """import fcntl, sys, time
 file = open(sys.argv[1], 'w')
 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-print('mine', flush=True), time.sleep(600)"""
+print('mine', flush=True), time.sleep(30)"""
 
 
 @pytest.mark.skipif(train.fcntl is None, reason="no locks on this system")
