@@ -1043,8 +1043,8 @@ def load_checkpoint(path):
     except ValueError:                           # the damage that was found above
         raise
     except pickle.UnpicklingError:               # (torch's own message says how to run it anyway)
-        raise ValueError(f"{path} is refused: it holds more than plain data and tensors (perhaps a "
-                         f"program), or is damaged") from None
+        raise ValueError(f"{path} is refused: it holds more than plain data and tensors (a "
+                         f"program, perhaps), or is damaged") from None
     except Exception as error:                   # whatever a broken archive or pickle can raise
         reason = first_line(error)
         raise ValueError(f"{path} is no readable checkpoint ({reason})") from None
