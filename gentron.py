@@ -89,6 +89,9 @@ class GenTronConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.temporal and self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} / heads {self.heads} is odd; frame positions "
+                             f"turn pairs of channels")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not divisible by 4 (sin and cos of two axes)")
         if self.conditioning not in ("cross", "adaln"):
@@ -115,6 +118,17 @@ def sincos(position, dim, max_period=10_000):
     frequencies = max_period ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))
     angles = position[..., None].float() * frequencies     # (..., dim / 2), in radians
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def turn(x, pos):
+    """Rotary positions (Su et al. 2021): each pair of channels (k, k + d / 2) of x (..., T, d) is a
+    point of a plane, turned about its origin by an angle in proportion to pos (T,)."""
+    half = x.shape[-1] // 2
+    # From 1 down to almost 1 / 100 radians a frame: clips have tens of frames
+    angles = pos[:, None] * 100 ** (-torch.arange(half, device=x.device) / half)       # (T, d / 2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def grid_positions(high, wide, dim, device=None):
@@ -181,7 +195,7 @@ class Attention(nn.Module):
 
     def forward(self, x, kv=None, mask=None, pos=None, motion=None):
         """x (B, T, D); kv: what is looked at, None = x itself, or tokens (B, L, kv_dim), or the k
-        and v that `keys_values` made of them; mask bool (B, L); pos (T, D), for self-attention;
+        and v that `keys_values` made of them; mask bool (B, L); pos (T,), for self-attention;
         motion bool (B,). Returns (B, T, D)."""
         q = self.split(self.q(x))                                          # (B, h, T, D/h)
         if not isinstance(kv, tuple):
@@ -191,14 +205,13 @@ class Attention(nn.Module):
         if pos is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)    # (B, h, T, D/h)
         else:
-            # q, k and v read x + pos. W (x + p) = W x + W p, and W p is the same for all items.
-            p = F.linear(pos[None], torch.cat([self.q.weight, self.kv.weight]))
-            pq, pk, pv = map(self.split, p.chunk(3, dim=-1))               # (1, h, T, D/h) each
-            # OURS: from the answer each frame's own position is taken off again. What is left says
-            # how far the frames looked at lie from this one: at high noise, where frames differ in
-            # nothing else, it tells the first from the last, and so left from right. And a frame
-            # that sees only itself gets v(x), without a position: a still stays a still.
-            y = F.scaled_dot_product_attention(q + pq, k + pk, v + pv, attn_mask=mask) - pv
+            # q and k are turned by their frame's time, so q . k sees how far apart two frames are.
+            # OURS: v is turned too, and the answer turned back: what frame i hears from frame j is
+            # turned by j - i, "this, so much later". Frames of pure noise differ in nothing else;
+            # without it they could not tell first from last, and so not left from right. A frame
+            # that sees only itself gets v as it is: a still stays a still.
+            q, k, turned = turn(q, pos), turn(k, pos), turn(v, pos)
+            y = turn(F.scaled_dot_product_attention(q, k, turned, attn_mask=mask), -pos)
         if motion is not None:
             # Motion-free = the identity mask of paper 3.4: each frame sees only itself. A softmax
             # over one key is 1, so what comes out is v itself: exact, and no mask tensor is needed.
@@ -223,7 +236,7 @@ class Block(nn.Module):
 
     def forward(self, x, c, kv, mask, frames, pos, motion):
         """x (B, F N, D), c (B, D), kv the text's tokens (B, L, text_dim) or their `keys_values`,
-        mask the text's, pos (F, D), motion bool (B,). Returns (B, F N, D)."""
+        mask the text's, pos (F,), motion bool (B,). Returns (B, F N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = \
             self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)           # each (B, 1, D)
         # addcmul(x, gate, y) is x + gate y, without the product in between
@@ -245,7 +258,7 @@ class Block(nn.Module):
 
     def across_frames(self, x, frames, pos, motion):
         """TempSelfAttn, paper 3.4: among the F moments of each token, `(b t) n d -> (b n) t d`.
-        x (B, F N, D), pos (F, D), motion bool (B,) or None. Returns (B, F N, D)."""
+        x (B, F N, D), pos (F,), motion bool (B,) or None. Returns (B, F N, D)."""
         B, FN, D = x.shape
         y = x.view(B, frames, FN // frames, D).transpose(1, 2).flatten(0, 1)           # (B N) F D
         motion = None if motion is None else motion.repeat_interleave(FN // frames)    # (B N,)
@@ -366,7 +379,7 @@ class GenTron(nn.Module):
         x = x + grid_positions(H // p, W // p, D, z.device).repeat(frames, 1)     # + (F N, D)
         c = self.time(sincos(t, 256)) + text.pooled                        # (B, D)
         # Frame positions go to temporal attention alone: without it, frames have no order
-        pos = sincos(torch.arange(frames, device=z.device), D)             # (F, D)
+        pos = torch.arange(frames, device=z.device)                        # (F,)
         for block, kv, mask in zip(self.blocks, text.kv, text.mask):
             if self.checkpoint_activations and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, c, kv, mask, frames, pos, motion,
@@ -441,12 +454,10 @@ class NoiseSchedule:
         if self.objective == "eps":
             return torch.randint(self.steps, (n,), generator=generator)
         # OURS: for v a logit-normal (Esser et al. 2024), most in the middle, where shapes are
-        # decided: after 4 minutes it had 73 of 100 single objects right, uniform 44. F frames show
-        # one scene F times, so it takes more noise to hide it, and where things go is decided
-        # there. F independent views would move the mean by log(F) / 2; half of that, as frames are
-        # alike.
-        mean = math.log(frames) / 4
-        x = mean + torch.randn(n, generator=generator)
+        # decided; wider than theirs, as what goes where is decided near pure noise. F frames show
+        # one scene F times, so it takes more noise to hide it. F independent views would move the
+        # mean by log(F) / 2; half of that, as frames are alike.
+        x = math.log(frames) / 4 + 1.5 * torch.randn(n, generator=generator)
         return (torch.sigmoid(x) * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, n):
@@ -655,12 +666,16 @@ class WordEncoder(nn.Module):
         ids = torch.tensor(rows, device=self.words.weight.device)          # (B, L)
         mask = ids != self.PAD                                             # (B, L)
         # Word order matters ("a left of b"), so every word gets its place
-        x = self.words(ids) + sincos(torch.arange(L, device=ids.device), self.dim)
+        words = self.words(ids)                                            # (B, L, dim)
+        x = words + sincos(torch.arange(L, device=ids.device), self.dim)
         for attn, mlp in zip(self.attn, self.mlp):
             y = norm(x)
             x = x + attn(y, attn.keys_values(y), mask)                     # (B, L, dim)
             x = x + mlp(norm(x))
-        x = norm(x)
+        # OURS: half of a token is the word itself. Without it, words that the model cannot tell
+        # apart yet (left and right, before it places things) grew alike for good: what they share
+        # grew large, and drowned the rest.
+        x = norm(x) + norm(words)
         # Pooled: the mean over real tokens; never 0 / 0, thanks to START
         return x, mask, (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 

@@ -113,7 +113,7 @@ def test_every_block_starts_as_the_identity(conditioning, temporal):
     torch.manual_seed(0)
     model = G.GenTron(G.GenTronConfig(depth=2, width=32, heads=4, text_dims=(24,),
                                       conditioning=conditioning, temporal=temporal))
-    x, c, pos = noise(2, 3 * 6, 32), noise(2, 32), G.sincos(torch.arange(3), 32)
+    x, c, pos = noise(2, 3 * 6, 32), noise(2, 32), torch.arange(3)
     read = model.read(some_text())
     for block, kv, mask in zip(model.blocks, read.kv, read.mask):
         assert torch.equal(block(x, c, kv, mask, 3, pos, None), x)
@@ -274,27 +274,39 @@ def test_a_fresh_video_model_equals_its_image_parent_on_every_frame():
 
 def test_motion_off_is_attention_under_the_identity_mask():
     attention = randomised(G.Attention(32, 4))
-    x, pos = noise(6, 5, 32), G.sincos(torch.arange(5), 32)
+    x, pos = noise(6, 5, 32), torch.arange(5)
     off = attention(x, pos=pos, motion=torch.zeros(6, dtype=torch.bool))
-    # the same, written with the mask tensor of the paper
-    W, b = attention.kv.weight.chunk(2), attention.kv.bias.chunk(2)
-    q = attention.split(attention.q(x + pos))
-    k, v = (attention.split(F.linear(x + pos, W[i], b[i])) for i in (0, 1))
-    own = attention.split(F.linear(pos[None], W[1]))                # what v has of its position
-    scores = q @ k.transpose(-1, -2) / math.sqrt(8)
-    masked = scores.masked_fill(~torch.eye(5, dtype=torch.bool), -math.inf).softmax(-1) @ v - own
-    assert largest(off, attention.out(masked.transpose(1, 2).flatten(2))) < 1e-6
-    # and motion on is plain softmax attention, each frame's own position taken off again
+    # the same, written with the mask tensor of the paper, and each turn as a complex number
+    q, (k, v) = attention.split(attention.q(x)), attention.keys_values(x)
+    angles = pos[:, None] / 100 ** (torch.arange(4) / 4)                    # (F, d / 2), d = 8
+    spin = torch.polar(torch.ones(5, 4, dtype=torch.double), angles.double())
+    q, k, v = (torch.complex(y[..., :4].double(), y[..., 4:].double()) * spin for y in (q, k, v))
+    scores = (q @ k.mH).real / math.sqrt(8)
+
+    def answer(scores):
+        y = (scores.softmax(-1).to(v.dtype) @ v) / spin
+        y = torch.cat([y.real, y.imag], dim=-1).float()
+        return attention.out(y.transpose(1, 2).flatten(2))
+    masked = scores.masked_fill(~torch.eye(5, dtype=torch.bool), -math.inf)
+    assert largest(off, answer(masked)) < 1e-6
+    # and motion on is plain softmax attention
     on = attention(x, pos=pos, motion=torch.ones(6, dtype=torch.bool))
-    full = scores.softmax(-1) @ v - own
-    assert largest(on, attention.out(full.transpose(1, 2).flatten(2))) < 1e-5
+    assert largest(on, answer(scores)) < 1e-5
     assert largest(on, off) > 1e-3
+
+
+def test_frame_positions_are_relative():
+    """The same frames an hour later are the same clip."""
+    attention, x = randomised(G.Attention(32, 4)), noise(2, 5, 32)
+    now, later, other = torch.arange(5), torch.arange(5) + 900, torch.arange(5) * 2
+    assert largest(attention(x, pos=now), attention(x, pos=later)) < 1e-4
+    assert largest(attention(x, pos=now), attention(x, pos=other)) > 1e-3
 
 
 def test_frames_of_equal_content_know_their_place_with_motion_on():
     """Pure noise tells nothing of time: without a word of it, left and right would be one."""
     attention = randomised(G.Attention(32, 4))
-    x, pos = noise(1, 1, 32).expand(1, 5, 32), G.sincos(torch.arange(5), 32)
+    x, pos = noise(1, 1, 32).expand(1, 5, 32), torch.arange(5)
     on, off = (attention(x, pos=pos, motion=torch.tensor([m]))[0] for m in (True, False))
     for f in range(1, 5):
         assert largest(on[f], on[f - 1]) > 1e-3 and largest(off[f], off[0]) < 1e-6
@@ -538,6 +550,17 @@ def test_small_encoder_ignores_padding_order_matters_and_unknown_words_are_named
     assert encoder.unknown("a rde circle") == ["rde"]
     assert G.split_words("An orange, circle!") == ["a", "orange", "circle"]
     assert G.split_words("红色圆 red") == ["红", "色", "圆", "red"]
+
+
+def test_no_word_drowns_in_what_it_shares_with_others():
+    """Whatever the encoder's layers have become, "left" and "right" stay apart."""
+    encoder = G.TextEncoder("small", D.vocabulary(), dim=32)
+    for layer in encoder.encoders[0].mlp:
+        torch.nn.init.constant_(layer[2].bias, 50.0)        # all words get the same large feature
+        layer[2].bias.data[::2] *= -1
+    text = encoder(["moving left", "moving right"])
+    a, b = text.tokens[0][:, 2]
+    assert F.cosine_similarity(a, b, dim=0) < 0.9
 
 
 def test_labels_are_one_vector_a_class():
@@ -1547,6 +1570,15 @@ def test_places_cover_every_epoch_once():
         assert sorted(places[epoch * n:(epoch + 1) * n]) == list(range(n))
     assert places[:n] == list(range(n)) and places[n:2 * n] != places[2 * n:3 * n]
     assert train.places_of_step(5, 11, batch, n) == places[88:96]       # of any step, at once
+
+
+def test_the_learning_rate_rises_and_falls_and_never_asks_how_long():
+    args = SimpleNamespace(lr=2e-3, lr_decay=1000)
+    rate = [train.learning_rate(step, args) for step in range(4001)]
+    assert rate[0] == pytest.approx(2e-3 / 100) and rate[99:1001] == [2e-3] * 902
+    assert rate[4000] == pytest.approx(1e-3)                # four times as many steps, half the rate
+    args.lr_decay = 0
+    assert train.learning_rate(10 ** 6, args) == 2e-3
 
 
 def test_ema_equals_its_closed_form(tmp_path, monkeypatch):

@@ -61,15 +61,15 @@ HERE = Path(__file__).resolve().parent
 
 # What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
 # 2048; OURS: nano has a quick small world to learn, so a high rate, a short EMA, v + cosine.
-QUICK = dict(lr=2e-3, batch_size=64, schedule="cosine", objective="v", ema=0.998, steps=5_428,
-             size=(64, 64))
-PAPER = dict(lr=1e-4, batch_size=256, schedule="linear", objective="eps", ema=0.9999, steps=500_000,
-             size=(256, 256))
+QUICK = dict(lr=2e-3, lr_decay=1_000, batch_size=64, schedule="cosine", objective="v", ema=0.998,
+             steps=5_428, size=(64, 64))
+PAPER = dict(lr=1e-4, lr_decay=0, batch_size=256, schedule="linear", objective="eps", ema=0.9999,
+             steps=500_000, size=(256, 256))
 # By stage: what differs from the above. OURS: a clip is eight pictures, so fewer clips a batch.
 STAGE = dict(vae=dict(batch_size=16, steps=6_000),
              t2v=dict(batch_size=16, lr=1e-3, steps=4_500))
-WARMUP = 100            # OURS: steps over which the rate rises to --lr; then constant (the paper's)
-DRAWN = dict(vae=1_000_000, t2i=16_384, t2v=8_192)     # items of the shapes world a stage draws
+WARMUP = 100            # OURS: steps over which the rate rises to --lr
+DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)     # items of the shapes world a stage draws
 PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no run trains on
 
 
@@ -113,7 +113,10 @@ def parser():
     g.add_argument("--batch-size", type=whole,
                    help="over all processes (nano: 64, clips 16; else 256)")
     g.add_argument("--grad-accum", type=whole, default=1, help="micro-batches a step (1)")
-    g.add_argument("--lr", type=share, help="AdamW's (nano: 2e-3, clips 1e-3; else 1e-4)")
+    g.add_argument("--lr", type=share, help="AdamW's (nano: 2e-3; else 1e-4)")
+    g.add_argument("--lr-decay", type=D.number(int, 0), metavar="STEP",
+                   help="from this step on the rate falls as 1 / sqrt(step); 0 = it stays, as in "
+                        "the paper (nano: 1000)")
     g.add_argument("--ema", type=share, help="decay of the averaged weights (nano: 0.998)")
     g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g = p.add_argument_group("the run")
@@ -903,12 +906,20 @@ def backward(net, inputs, args):
     return torch.cat(losses)
 
 
+def learning_rate(step, args):
+    """The rate of step 0, 1, ...: up in a line over WARMUP steps, then --lr, and from --lr-decay on
+    --lr sqrt(decay / step) (as in Karras et al. 2024). It does not ask how many steps are still to
+    come, so a run may be stopped anywhere, or made longer, and its steps are the same."""
+    decay = math.sqrt(args.lr_decay / max(step, args.lr_decay)) if args.lr_decay else 1.0
+    return args.lr * min(1.0, (step + 1) / WARMUP) * decay
+
+
 def update(trained, averaged, optimizer, step, args):
     """Clips the gradients, one step of AdamW, one of the EMA. trained, averaged: the weights and
     their averages, in one order. Returns the gradients' norm before clipping, a number; if it is
     not finite, nothing was changed."""
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP)
+        group["lr"] = learning_rate(step, args)
     norm = whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)).item()   # over all processes' shares
     if math.isfinite(norm):
         optimizer.step()
