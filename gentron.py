@@ -455,9 +455,9 @@ class NoiseSchedule:
             return torch.randint(self.steps, (n,), generator=generator)
         # OURS: for v a logit-normal (Esser et al. 2024), most in the middle, where shapes are
         # decided; wider than theirs, as what goes where is decided near pure noise. F frames show
-        # one scene F times, so it takes more noise to hide it. F independent views would move the
-        # mean by log(F) / 2; half of that, as frames are alike.
-        x = math.log(frames) / 4 + 1.5 * torch.randn(n, generator=generator)
+        # one scene F times: averaged, they hold sqrt(F) times less noise. So that a clip is as
+        # well hidden as a picture is, alpha / sigma is divided by that: log(F) / 2 more.
+        x = math.log(frames) / 2 + 1.5 * torch.randn(n, generator=generator)
         return (torch.sigmoid(x) * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, n):

@@ -67,7 +67,7 @@ PAPER = dict(lr=1e-4, lr_decay=0, batch_size=256, schedule="linear", objective="
              steps=500_000, size=(256, 256))
 # By stage: what differs from the above. OURS: a clip is eight pictures, so fewer clips a batch.
 STAGE = dict(vae=dict(batch_size=16, steps=6_000),
-             t2v=dict(batch_size=16, lr=1e-3, steps=4_500))
+             t2v=dict(batch_size=16, steps=4_500))
 WARMUP = 100            # OURS: steps over which the rate rises to --lr
 DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)     # items of the shapes world a stage draws
 PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no run trains on
