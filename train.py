@@ -13,6 +13,11 @@ To resume, run the same command again. A run folder holds last.pt (the whole run
 to share: half-precision EMA weights, autoencoder, vocabulary), log.csv, loss.png and samples/.
 """
 
+# The file in one breath: `main` reads the flags and calls `train`, which builds (1, 2), feeds (3),
+# steps and looks (5, 6), and leaves a folder from which the same command goes on (4). All that is
+# random is a function of the seed and the step, so one process or eight, one go or ten, with a
+# cache or without: the same run.
+
 import os
 
 # How long an idle OpenMP thread spins before it sleeps, read when torch is loaded. By default so
@@ -61,6 +66,7 @@ HERE = Path(__file__).resolve().parent
 
 # What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
 # 2048; OURS: nano has a quick small world to learn, so a high rate, a short EMA, v + cosine.
+# OURS in PAPER: the EMA, on which the paper is silent, and a batch that fewer GPUs can hold.
 QUICK = dict(lr=2e-3, lr_decay=1_000, batch_size=64, schedule="cosine", objective="v", ema=0.998,
              steps=5_428, size=(64, 64))
 PAPER = dict(lr=1e-4, lr_decay=0, batch_size=256, schedule="linear", objective="eps", ema=0.9999,
@@ -69,7 +75,9 @@ PAPER = dict(lr=1e-4, lr_decay=0, batch_size=256, schedule="linear", objective="
 STAGE = dict(vae=dict(batch_size=16, steps=6_000),
              t2v=dict(batch_size=16, steps=4_500))
 WARMUP = 100            # OURS: steps over which the rate rises to --lr
-DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)     # items of the shapes world a stage draws
+# Items of the shapes world a stage draws. The autoencoder never sees one twice in a default run;
+# the others encode theirs once and come back to them, and then only the Transformer costs time.
+DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)
 PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no run trains on
 
 
@@ -79,6 +87,8 @@ PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no
 
 def parser():
     """Every flag, in four groups. None = "see QUICK and PAPER above"."""
+    # RawDescription: the docstring's lines of commands stay as they are. Values are checked as they
+    # are read (D.number), so the code below never meets a step count of 0 or a rate of nan.
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     whole, share = D.number(int, 1), D.number(float, 0, 1)
     g = p.add_argument_group("what to train")
@@ -145,33 +155,23 @@ def parser():
     return p
 
 
-# Flags that change how a run is carried out, not what comes out of it: free to differ on resume
+# Flags that change how a run is carried out, not what comes out of it: free to differ on resume.
+# (--precision is not among them: bf16 rounds differently.)
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "sample_every",
             "workers", "device", "checkpoint_activations", "fsdp", "compile", "dry_run",
             "benchmark"}
 
 
 def prepare(args):
-    """Fills in what was not given, joins the process group, makes the run's folder."""
-    args.rank = int(os.environ.get("RANK", "0"))
-    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    args.main = args.rank == 0
-    if args.device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    args.device = G.pick_device(args.device)
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)                  # where NCCL and FSDP look
-    if args.world_size > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    elif args.fsdp:
-        raise ValueError("--fsdp shares the model among processes, and there is one; "
-                         "try torchrun --nproc_per_node=2 train.py ...")
+    """Flags as they were given -> as they are meant. Returns (last, init): the checkpoint that this
+    run left in its folder, and --init's; None where there is none. Adds to args what this process
+    alone knows: rank, world_size, main, own, lock. Raises ValueError for flags that do not fit."""
+    join_processes(args)
+    # What the flags alone can tell is refused here, before a folder is made or anything is read
     for flag in ("fsdp", "compile", "dry_run", "benchmark"):
         if getattr(args, flag) and args.stage in ("vae", "encode"):
             raise ValueError(f"--{flag.replace('_', '-')} is about the Transformer, which --stage "
                              f"{args.stage} has not; leave it out")
-    args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
-    args.world = args.world or ("full" if args.stage == "vae" else "basic")
     if args.stage not in ("t2v", "encode") and args.frames:
         raise ValueError(f"--frames is for --stage t2v, not {args.stage}")
     cache = D.cache_index(args.data) or {}                  # its latents have the size they have
@@ -179,37 +179,18 @@ def prepare(args):
         args.frames = args.frames or cache.get("frames") or 8
         if args.frames == 1:
             raise ValueError("--frames 1 is a picture, no clip; for pictures: --stage t2i")
+    # Where the run starts: its own last step, or another run's checkpoint, or nothing
+    last = init = None
     if args.benchmark or args.dry_run:
         args.steps = args.steps or 10                       # (nothing is written, nothing read)
-        out = None
     else:
-        args.out = args.out or str(Path("runs") / args.stage)
-        out = Path(args.out)
-        args.lock = lock(out, args)
-        if args.main and not args.resume and (out / "last.pt").exists():
-            aside = next(p for k in itertools.count(1)
-                         if not (p := out.with_name(f"{out.name}.{k}")).exists())
-            out.rename(aside)
-            print(f"moved the old run to {aside}")
-            args.lock = lock(out, args)                     # (the other one moved, too)
-        D.writable(out / "last.pt")
-        if args.world_size > 1:
-            dist.barrier()                                  # nobody looks before it has moved
-    # Where the run starts: its own last step, or another run's checkpoint, or nothing
-    last = G.load_checkpoint(out / "last.pt") if out and (out / "last.pt").exists() else None
-    if args.stage == "t2v" and out and last is None:
-        args.init = args.init or G.find_checkpoint(("t2i",))
-    init = G.load_checkpoint(args.init) if args.init and last is None else None
-    preset = args.preset or (last or init or {}).get("args", {}).get("preset")
-    quick = args.stage == "vae" or preset in (None, "nano")
-    defaults = {**QUICK, **STAGE.get(args.stage, {})} if quick else PAPER
-    for known in (last or init or {}, cache):
-        if "size" in known:
-            defaults = {**defaults, "size": tuple(known["size"])}
-    args.fps = cache.get("fps", args.fps)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+        out = claim_folder(args)
+        if (out / "last.pt").exists():
+            last = G.load_checkpoint(out / "last.pt")       # --init had its say when that began
+        elif args.stage == "t2v":
+            args.init = args.init or G.find_checkpoint(("t2i",))
+        init = G.load_checkpoint(args.init) if args.init and last is None else None
+    fill_in(args, last or init or {}, cache)
     share = args.world_size * args.grad_accum
     if args.batch_size % share and args.stage != "encode":
         raise ValueError(f"--batch-size {args.batch_size} is not divisible by {args.world_size} "
@@ -219,9 +200,62 @@ def prepare(args):
     return last, init
 
 
+def join_processes(args):
+    """Which process is this, of how many (torchrun says so in the environment), and on what?"""
+    args.rank = int(os.environ.get("RANK", "0"))
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    args.main = args.rank == 0                              # the one that prints and writes
+    if args.device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"    # a GPU each
+    args.device = G.pick_device(args.device)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)                  # where NCCL and FSDP look
+    if args.world_size > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    elif args.fsdp:
+        raise ValueError("--fsdp shares the model among processes, and there is one; "
+                         "try torchrun --nproc_per_node=2 train.py ...")
+
+
+def fill_in(args, known, cache):
+    """Gives each flag that was not given its value: first what the checkpoint we start from
+    (known) or the data's cache says, then the preset's, QUICK or PAPER."""
+    args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
+    args.world = args.world or ("full" if args.stage == "vae" else "basic")
+    preset = args.preset or known.get("args", {}).get("preset")
+    quick = args.stage == "vae" or preset in (None, "nano")
+    defaults = {**QUICK, **STAGE.get(args.stage, {})} if quick else dict(PAPER)
+    for source in (known, cache):                           # the latter wins: it has one size only
+        if "size" in source:
+            defaults["size"] = tuple(source["size"])
+    args.fps = cache.get("fps", args.fps)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:                     # (not `or`: --lr-decay 0 is a value)
+            setattr(args, name, value)
+
+
+def claim_folder(args):
+    """Makes the run's folder this run's own, with the old run moved aside if --no-resume. Returns
+    its Path."""
+    args.out = args.out or str(Path("runs") / args.stage)
+    out = Path(args.out)
+    args.lock = lock(out, args)
+    if args.main and not args.resume and (out / "last.pt").exists():
+        aside = next(p for k in itertools.count(1)
+                     if not (p := out.with_name(f"{out.name}.{k}")).exists())
+        out.rename(aside)                                   # never deleted: it may be weeks of work
+        print(f"moved the old run to {aside}")
+        args.lock = lock(out, args)                         # (the other one moved, too)
+    D.writable(out / "last.pt")                             # better now than after 500 steps
+    if args.world_size > 1:
+        dist.barrier()                                      # nobody looks before it has moved
+    return out
+
+
 def lock(out, args):
     """Takes the run's folder for this process, or raises ValueError if another run has it. Returns
     the open file that holds the lock: the system drops it with the process, however that ends."""
+    # A lock, not a file that says "in use": after a crash that one would lie there for ever
     file = open(D.writable(out / ".lock"), "w") if args.main else None
     try:
         if file and fcntl:
@@ -242,8 +276,8 @@ def lock(out, args):
 def build(args, dataset, pictures, init):
     """Flags, and --init's checkpoint if there is one -> (net, vae, state): what trains, the
     autoencoder, and the part of the checkpoint that never changes. Raises ValueError."""
-    torch.manual_seed(args.seed)
-    if args.stage == "vae":
+    torch.manual_seed(args.seed)            # the initial weights, drawn in the same order each time
+    if args.stage == "vae":                 # it is what trains, and also what encodes and decodes
         net = G.build_vae(init).requires_grad_(True) if init else G.VAE()
         return net, net, {"vae": {"config": net.config}}
     if init:
@@ -252,14 +286,11 @@ def build(args, dataset, pictures, init):
         if init["config"]["temporal"] and args.stage == "t2i":
             raise ValueError(f"{args.init} is a video model, which --stage t2i cannot train; "
                              f"try --stage t2v")
+        # The parent's sizes, words, schedule and latent space: its weights mean nothing in others
         state = {key: copy.deepcopy(init[key]) for key in ("config", "text", "schedule", "vae")}
         encoder = text_encoder(state["text"], dataset, pictures, args)
     else:
-        spec = args.text or "small"
-        if args.text is None and isinstance(dataset, D.Cache) and dataset.encoders:
-            spec = dataset.encoders["spec"]                 # whose features are stored
-        elif args.text is None and not isinstance(dataset, D.Shapes) and not any(dataset.captions):
-            spec = "none"                                   # pictures without captions
+        spec = args.text or default_text(dataset)
         vocabulary = vocabulary_of(dataset, spec)
         encoder = text_encoder({"spec": spec, "vocabulary": vocabulary}, dataset, pictures, args)
         state = {"config": {**G.PRESETS[args.preset or "nano"], "text_dims": list(encoder.dims),
@@ -271,6 +302,7 @@ def build(args, dataset, pictures, init):
     for flag in ("depth", "width", "heads", "patch_size", "conditioning"):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)
+    # A t2i model becomes a t2v one here, by one word of its config: the rest of it is the same
     config.update(temporal=args.stage == "t2v", in_channels=vae.channels)
     multiple = vae.down * config["patch_size"]
     if any(side % multiple for side in args.size):
@@ -278,7 +310,10 @@ def build(args, dataset, pictures, init):
                          f"(autoencoder {vae.down} x patch {config['patch_size']})")
     net = G.Net(G.GenTron(G.GenTronConfig(**config)), encoder,
                 G.NoiseSchedule(**state["schedule"]))
-    if init:                # everything is loaded; only layers that the other lacks start fresh
+    if init:
+        # Everything is loaded, averages for weights: they draw better than what they average. Only
+        # temporal layers may be missing. They stay as drawn, and answer 0: the first video model is
+        # its image parent, frame by frame (paper 3.4). Any other difference is refused by `load`.
         weights = {k: v.float() for k, v in init["ema"].items()}
         new = {k: v for k, v in net.weights().items() if ".temporal." in k and k not in weights}
         net.load({**new, **weights}, args.init)
@@ -287,12 +322,23 @@ def build(args, dataset, pictures, init):
     return net, vae, state
 
 
+def default_text(dataset):
+    """What --text means where it is not given: what the data offers."""
+    if isinstance(dataset, D.Cache) and dataset.encoders:
+        return dataset.encoders["spec"]                     # whose features are stored
+    if not isinstance(dataset, D.Shapes) and not any(dataset.captions):
+        return "none"                                       # pictures without captions
+    return "small"
+
+
 def text_encoder(part, dataset, pictures, args):
     """The "text" part of a checkpoint -> its encoder. A frozen one is not even loaded if all the
     data's features lie in caches: `StoredText` stands in for it. Raises ValueError if the features
     are another encoder's."""
     caches = [d for d in (dataset, pictures) if isinstance(d, D.Cache) and d.encoders]
     if is_frozen(part["spec"]):
+        # Features of another encoder can have the same shape: the model would learn one language,
+        # and be asked in another
         for cache in caches:
             if cache.encoders["fingerprint"] != text_fingerprint(part["spec"]):
                 raise ValueError(f"cache of another text encoder, {cache.root} was made with "
@@ -310,6 +356,7 @@ def is_frozen(spec):
 
 def find_vae(name):
     """--vae -> the "vae" part of a checkpoint: a file's own, or a name or folder for diffusers."""
+    # (A .pt that is not there is a file's name all the same, and the error says it is missing)
     path = Path(name or HERE / "assets" / "vae.pt")
     if path.suffix == ".pt" or path.is_file():
         return G.load_checkpoint(path)["vae"]
@@ -326,9 +373,11 @@ def vocabulary_of(dataset, spec):
     if "small" not in spec.split("+"):
         return []
     if isinstance(dataset, D.Shapes):
-        return D.vocabulary()
+        return D.vocabulary()                               # motions too: t2v will read on
     if isinstance(dataset, D.Cache):
         return dataset.vocabulary
+    # The commonest: a word seen once or twice teaches its vector nothing. Sorted, so that the order
+    # of files does not decide which vector is whose.
     counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
     return sorted(word for word, _ in counts.most_common(8192))
 
@@ -337,9 +386,11 @@ def open_data(args):
     """-> (dataset, pictures for joint training or None, the previews' prompts)."""
     frames = args.frames or 1
     if args.data == "shapes":
+        # Labels name one class a picture, so there is one object in it
         level = "single" if args.text == "labels" else args.world
         stage = args.stage if args.stage != "encode" else "t2v" if frames > 1 else "t2i"
         dataset = D.Shapes(level, DRAWN[stage], args.seed, args.size, frames)
+        # The same twelve sentences in every run, so that runs can be compared by eye
         fresh = D.Shapes(level, 12, PREVIEW_SEED, args.size, frames)
         prompts = [fresh.scene(i).caption() for i in range(12)]
     else:
@@ -347,9 +398,10 @@ def open_data(args):
         if isinstance(dataset, D.Cache) and args.stage in ("vae", "encode"):
             raise ValueError(f"{args.data} holds latents, and --stage {args.stage} wants pictures; "
                              f"try the folder that they were made of")
-        prompts = list(dict.fromkeys(dataset.captions))[:12]
+        prompts = list(dict.fromkeys(dataset.captions))[:12]    # the first twelve different ones
         for line in dataset.report():
             print_main(args, line)
+    # Joint image-video training (paper 3.4): pictures are many where clips are few
     pictures = None
     if args.stage == "t2v" and args.p_motion_free > 0:
         source = args.image_data or ("shapes" if args.data == "shapes" else None)
@@ -373,7 +425,7 @@ def print_main(args, line):
 CHUNK = 64      # items that are drawn and encoded together: always the same ones, whatever the run
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)       # asked for once an item; clips and pictures, and a batch in two epochs
 def permutation(seed, epoch, n):
     """The order of n items in an epoch, (n,): a function of its arguments."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -382,6 +434,9 @@ def permutation(seed, epoch, n):
 def places_of_step(seed, step, batch, n):
     """Which places of the shuffled dataset step `step` trains on: a function of its arguments. The
     first epoch walks through them in order, every later one in an order of its own."""
+    # In order, because `Latents` encodes in the order of places: a first batch of places from all
+    # over the dataset would have to wait until nearly all of it is encoded. A batch may straddle
+    # two epochs; nothing is dropped at the end of one.
     everything = range(step * batch, (step + 1) * batch)
     return [i if i < n else int(permutation(seed, i // n, n)[i % n]) for i in everything]
 
@@ -397,12 +452,14 @@ class Chunks(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         clips, captions = zip(*(self.dataset[int(self.order[place])] for place in self.chunks[k]))
-        return torch.from_numpy(np.stack(clips)), list(captions)
+        return torch.from_numpy(np.stack(clips)), list(captions)       # (B, F, H, W, 3) uint8
 
 
 def loader(dataset, chunks, args):
     """Chunks in order, drawn or decoded ahead of time by --workers processes."""
     workers = min(args.workers, len(chunks))
+    # batch_size None: a chunk is a batch already. The order of what comes back is that of `chunks`,
+    # whichever worker was first, so the number of workers changes nothing.
     return DataLoader(Chunks(dataset, chunks, args.seed), batch_size=None, num_workers=workers,
                       worker_init_fn=ignore_signals, prefetch_factor=4 if workers else None)
 
@@ -418,10 +475,10 @@ class Latents:
     the first epoch pays as it goes. latents[places] -> fp16 (B, F, C, h, w), captions, as a
     D.Cache has them: with a cache and without one, a run is the same."""
     def __init__(self, dataset, vae, args):
-        self.vae, self.device, self.n = vae, args.device, len(dataset)
+        self.vae, self.args, self.n = vae, args, len(dataset)
         chunks = [range(i, min(i + CHUNK, self.n)) for i in range(0, self.n, CHUNK)]
         self.feed = iter(loader(dataset, chunks, args))
-        self.z, self.captions, self.args = [], [], args
+        self.z, self.captions = [], []                      # of the places that were encoded so far
 
     def __len__(self):
         return self.n
@@ -431,8 +488,8 @@ class Latents:
         with tqdm(total=missing, desc="encoding", leave=False,
                   disable=missing < 32 * CHUNK or not self.args.main) as bar:
             while len(self.captions) <= max(places):        # after a resume: all of it
-                z, captions = encode_chunk(self.vae, next(self.feed), self.device)
-                self.z += z
+                z, captions = encode_chunk(self.vae, next(self.feed), self.args.device)
+                self.z += z                                 # its rows: a list of (F, C, h, w)
                 self.captions += captions
                 bar.update(len(captions))
         return torch.stack([self.z[i] for i in places]), [self.captions[i] for i in places]
@@ -441,6 +498,8 @@ class Latents:
 @torch.no_grad()
 def encode_chunk(vae, chunk, device):
     """(pictures uint8 (B, F, H, W, 3), captions) -> (latents fp16 (B, F, C, h, w), captions)."""
+    # fp16 halves the memory. Always CHUNK items at a time: in batches of other sizes the same
+    # picture's latents could differ in their last digit, and with them all that follows.
     clips, captions = chunk
     return vae.encode(G.to_float(clips).to(device)).half().cpu(), captions
 
@@ -469,7 +528,7 @@ class StoredText(torch.nn.Module):
     def forward(self, captions):
         """List of B strings -> Text of fp32 tokens (B, L, D_k), masks (B, L), pooled (B, P)."""
         rows = [next(c for c in self.caches if caption in c.where).text(caption)
-                for caption in captions]
+                for caption in captions]                    # B times ([tokens, ...], pooled)
         tokens, masks = [], []
         for k, dim in enumerate(self.dims):
             parts = [row[k] for row, _ in rows]             # B times (L_i, D_k), mapped
@@ -484,7 +543,8 @@ class StoredText(torch.nn.Module):
         return G.Text(tuple(tokens), tuple(masks), pooled.to(self.device).float())
 
 
-# ---- fingerprints: is what a cache holds what this run's own encoders would answer?
+# ---- fingerprints: is what a cache holds what this run's own encoders would answer? Latents of
+# another autoencoder have the same shape; a model trained on them draws mud, and nothing says why.
 
 def vae_fingerprint(vae):
     """16 letters that change with any weight of an autoencoder."""
@@ -498,6 +558,7 @@ def vae_fingerprint(vae):
 def text_fingerprint(spec):
     """16 letters for frozen encoders, without loading them: their names, and of local folders each
     file's size and first megabyte."""
+    # (all of T5-XXL's files, tens of GB, would have to be read again at every start)
     digest = hashlib.sha256()
     for part in spec.split("+"):
         name = G.FrozenEncoder.NAMES.get(part, part)
@@ -522,7 +583,7 @@ def begin_cache(args, dataset, vae, text):
              "vocabulary": vocabulary_of(dataset, "small"), "vae": vae_fingerprint(vae),
              "encoders": text and {"spec": text.spec, "dims": list(text.dims),
                                    "fingerprint": text_fingerprint(text.spec)}}
-    there = D.cache_index(args.out) or index
+    there = D.cache_index(args.out) or index                # nothing there: nothing to differ
     for key in index:
         if there.get(key) != index[key]:
             raise ValueError(f"cache {args.out} was begun with another {key}; give another --out, "
@@ -546,9 +607,11 @@ def encode(args):
     begin_cache(args, dataset, vae, text)
     out, n = Path(args.out), len(dataset)
     shards = range(-(-n // D.SHARD))                        # rounded up
+    # A shard's .json is written last, so a shard that has one is whole
     missing = [k for k in shards if not (out / f"{k:05d}.json").exists()]
     todo = {k: range(k * D.SHARD, min((k + 1) * D.SHARD, n)) for k in missing
             if k % args.world_size == args.rank}            # shard: its places
+    # No chunk reaches into the next shard: what is stopped and gone on with has the same chunks
     chunks = [p[i:i + CHUNK] for p in todo.values() for i in range(0, len(p), CHUNK)]
     feed, stop = iter(loader(dataset, chunks, args)), Stop(args)
     with tqdm(total=sum(map(len, todo.values())), desc="encode", unit=" items",
@@ -562,7 +625,8 @@ def encode(args):
             if stop.asked():
                 break                                       # what is not a whole shard is lost
             captions = [caption for _, words in parts for caption in words]
-            texts = list(dict.fromkeys(["", *captions]))    # each different caption once
+            # Each different caption once; "" is the null text, which every step's drops will read
+            texts = list(dict.fromkeys(["", *captions]))
             D.save_shard(out, k, np.concatenate([z.numpy() for z, _ in parts]), captions, texts,
                          *encode_texts(text, texts))
     if args.world_size > 1:
@@ -583,7 +647,8 @@ def encode_texts(text, captions):
     tokens, pooled = [[] for _ in text.dims], []
     for i in range(0, len(captions), CHUNK):
         batch = text(captions[i:i + CHUNK])
-        for rows, x, mask in zip(tokens, batch.tokens, batch.mask):
+        for rows, x, mask in zip(tokens, batch.tokens, batch.mask):    # x (B, L, D_k), mask (B, L)
+            # Real tokens only: how long the padding is depends on a text's neighbours in its batch
             rows += [row[real].cpu().numpy() for row, real in zip(x, mask)]
         pooled += batch.pooled.cpu().numpy().tolist()
     return tokens, np.array(pooled)
@@ -604,13 +669,15 @@ class Log:
     def __init__(self, path, first, main):
         self.latest, self.file = collections.deque(maxlen=100), None
         if not main:
-            return
+            return                                          # one writer; all know the loss
+        # A run that was killed may leave rows of steps that were never saved, half a row, or (after
+        # a power cut) zeros. What is kept: whole rows of steps up to the checkpoint's.
         self.path, rows = path, []
         if first and path.exists():
             with open(path, newline="", errors="replace") as file:
                 rows = [row for row in csv.reader(line.replace("\0", "") for line in file)
                         if len(row) == len(COLUMNS) and row[0].isdecimal()
-                        and int(row[0]) <= first]           # (not the half of a row, either)
+                        and int(row[0]) <= first]
         beside = path.with_name("log.csv.tmp")              # as in save_checkpoint: old or new
         with D.writing(path, beside):
             with open(beside, "w", newline="") as file:
@@ -622,44 +689,51 @@ class Log:
     def write(self, step, losses, t, norm, skipped, speed):
         """losses (B,), t (B,) or None: the mean loss, and its mean in four bands of noise."""
         self.latest.append(losses.mean().item())
+        # The bands lie far apart, and which of them fall says what is being learned: layout at most
+        # noise, edges at least. The mean of a small batch mostly says which t were drawn.
         bands = [""] * 4
         if t is not None:
-            band = t * 4 // 1000
+            band = t * 4 // 1000                            # (B,) 0 .. 3, as t is 0 .. 999
             bands = [f"{losses[band == k].mean():.7g}" if (band == k).any() else ""
                      for k in range(4)]
         if self.file:
             with D.writing(self.path):
                 self.writer.writerow([step, f"{self.latest[-1]:.7g}", *bands, f"{norm:.5g}",
                                       skipped, f"{speed:.1f}"])
-                self.file.flush()
+                self.file.flush()                           # whoever watches sees every step
 
     def recent(self):
         """Mean loss of the last 100 steps."""
         return sum(self.latest) / len(self.latest)
 
 
+def running_mean(values):
+    """(n,) -> (n,): at each place the mean of the last 2 % of n values; nan counts as not there."""
+    k, known = max(1, len(values) // 50), np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0), np.ones(k))[:len(values)]
+    count = np.convolve(known, np.ones(k))[:len(values)]
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
 def plot_log(log, path):
-    """loss.png: the smoothed loss and its parts by noise level, on a logarithmic axis."""
+    """loss.png: the smoothed loss and its parts by noise level, on a logarithmic axis. Drawn with
+    pillow, which is here already: a plotting library for one plot would be the largest package."""
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
-    steps, curves = np.array([int(row["step"]) for row in rows]), {}
-    for name in BANDS:
-        values = np.array([float(row[name] or "nan") for row in rows])
-        k = max(1, len(values) // 50)                       # running mean over 2 % of the run
-        known = np.isfinite(values)
-        total = np.convolve(np.where(known, values, 0), np.ones(k))[:len(values)]
-        count = np.convolve(known, np.ones(k))[:len(values)]
-        if known.any():
-            curves[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    seen = np.concatenate([c[np.isfinite(c) & (c > 0)] for c in curves.values()])
-    if len(rows) < 2 or not len(seen):
-        return
+    steps = [int(row["step"]) for row in rows]
+    curves = {name: running_mean(np.array([float(row[name] or "nan") for row in rows]))
+              for name in BANDS}
+    seen = [v for curve in curves.values() for v in curve if v > 0]     # (nan is not)
+    if len(rows) < 2 or not seen:
+        return                                              # one point is no curve
+    # From what is plotted to pixels; y grows downwards
     W, H, left, top, right, bottom = 760, 400, 64, 30, 20, 40
-    low, high = np.log10(seen.min()) - 0.05, np.log10(seen.max()) + 0.05
+    low, high = math.log10(min(seen)) - 0.05, math.log10(max(seen)) + 0.05
     to_x = lambda s: left + (W - left - right) * (s - steps[0]) / (steps[-1] - steps[0])
     to_y = lambda v: top + (H - top - bottom) * (high - math.log10(v)) / (high - low)
     image = Image.new("RGB", (W, H), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+    # Lines at 1, 2 and 5 times the powers of ten, which lie evenly on a logarithmic axis
     for tick in (m * 10.0 ** k for k in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)):
         if low <= math.log10(tick) <= high:
             pen.line([(left, to_y(tick)), (W - right, to_y(tick))], fill="#e4e4e4")
@@ -667,8 +741,10 @@ def plot_log(log, path):
     for s in np.linspace(steps[0], steps[-1], 5):
         pen.text((to_x(s), H - bottom + 8), f"{s:.0f}", fill="#555555", font=font, anchor="mt")
     pen.text((W - right, H - 4), "step", fill="#555555", font=font, anchor="rb")
-    x = left
+    x = left                                                # of the legend, along the top
     for name, curve in curves.items():
+        if not np.isfinite(curve).any():
+            continue                                        # stage vae has no noise levels
         label, ink = BANDS[name]
         points = [(to_x(s), to_y(v)) for s, v in zip(steps, curve) if v > 0]
         pen.line(points, fill=ink, width=3 if name == "loss" else 1)
@@ -679,18 +755,21 @@ def plot_log(log, path):
 
 
 def provenance(args):
-    """Where a checkpoint comes from: commit, versions, device, seed."""
+    """Where a checkpoint comes from: commit, versions, device, seed. Numbers that nobody can make
+    again are no numbers, and in a year nobody remembers."""
     try:
         commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], timeout=5,
                                 capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        commit = ""
+        commit = ""                                         # no git, or no repository
     return {"commit": commit, "torch": str(torch.__version__), "numpy": np.__version__,
             "python": sys.version.split()[0], "device": str(args.device), "seed": args.seed}
 
 
 def flags_of(args):
     """The flags as plain values, for the checkpoint and for comparing on resume."""
+    # Lists and strings: load_checkpoint reads nothing that is not plain data. Left out: what
+    # belongs to one process.
     plain = {tuple: list, torch.device: str}
     return {k: plain.get(type(v), lambda same: same)(v) for k, v in vars(args).items()
             if k not in ("main", "rank", "world_size", "own", "lock")}
@@ -707,6 +786,7 @@ def check_resumable(args, last):
 
 def check_moments(args, moments, weights):
     """ValueError if an optimizer's saved state is not that of these weights."""
+    # (torch would load it, and fail at the first step, or not at all)
     shapes = {k: [(), p.shape, p.shape] for k, p in enumerate(weights)}
     saved = {k: [m[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
              for k, m in moments.items()}
@@ -716,6 +796,7 @@ def check_moments(args, moments, weights):
 
 def check_same_flags(args, saved):
     """Going on with other flags would be another run: refused by name."""
+    # (name in saved: a flag that is younger than the run had no other value then)
     for name, value in flags_of(args).items():
         if name not in HARMLESS and name in saved and saved[name] != value:
             raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in this run, now it is "
@@ -725,7 +806,10 @@ def check_same_flags(args, saved):
 @torch.no_grad()
 def measure_latents(vae, dataset, args, n=512):
     """Mean and standard deviation of each latent channel over n items, kept in the autoencoder."""
-    vae.mean.zero_(), vae.std.fill_(1)
+    # The noise schedule mixes latents with noise of variance 1, and means them to be as large.
+    # `encode` divides by what was measured the last time, so that is undone first.
+    vae.mean.zero_()
+    vae.std.fill_(1)
     n, z = min(n, len(dataset)), []
     for i in range(0, n, CHUNK):
         clips = np.stack([dataset[k][0] for k in range(i, min(i + CHUNK, n))])
@@ -737,7 +821,7 @@ def measure_latents(vae, dataset, args, n=512):
 
 def save(out, state, net, ema, optimizer, step, args, dataset, vae):
     """ema.pt: what somebody else needs to sample from the run. last.pt: all of it."""
-    if args.stage == "vae":
+    if args.stage == "vae":                                 # its averages are the autoencoder
         measure_latents(ema, dataset, args)
         vae, weights, averaged = ema, net.state_dict(), ema.state_dict()
     else:
@@ -748,16 +832,14 @@ def save(out, state, net, ema, optimizer, step, args, dataset, vae):
     state = {**state, "stage": args.stage, "step": step, "size": list(args.size),
              "frames": args.frames or 1, "fps": args.fps, "args": flags_of(args),
              "made": provenance(args)}
-    if isinstance(vae, G.VAE):
-        state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
-    everything = {**state, "weights": weights, "ema": averaged, "optimizer": moments}
     half = lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    if isinstance(vae, G.VAE):
-        state["vae"] = {**state["vae"], "weights": half(state["vae"]["weights"])}
-    if args.stage != "vae":
-        state["ema"] = half(averaged)
-    G.save_checkpoint(out / "ema.pt", state)                # first: a run is done when last.pt is,
-    G.save_checkpoint(out / "last.pt", everything)          # and then nobody writes ema.pt again
+    shared = {} if args.stage == "vae" else {"ema": half(averaged)}
+    if isinstance(vae, G.VAE):                              # (a pretrained one stays a name)
+        state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
+        shared["vae"] = {"config": vae.config, "weights": half(vae.state_dict())}
+    G.save_checkpoint(out / "ema.pt", {**state, **shared})  # first: a run is done when last.pt is,
+    G.save_checkpoint(out / "last.pt", {**state, "weights": weights, "ema": averaged,
+                                        "optimizer": moments})     # and nobody writes ema.pt again
 
 
 # -----------------------------------------------------------------------------
@@ -766,6 +848,7 @@ def save(out, state, net, ema, optimizer, step, args, dataset, vae):
 
 class Steps:
     """The places of steps first, first + 1, ... for the loader: a list never written out."""
+    # (of 500,000 steps it would be 128 million numbers, copied into every worker)
     def __init__(self, args, n, first):
         self.args, self.n, self.first = args, n, first
 
@@ -780,6 +863,8 @@ class Steps:
 def vae_batches(args, dataset, vae, first):
     """Stage vae: (pictures, posterior noise) of step first, first + 1, ... Pictures are drawn or
     decoded as they are needed."""
+    # The posterior's noise has the shape of latents, (B, 1, C, h, w), and is drawn for the global
+    # batch; the loader brings this process's slice already
     shape = (args.batch_size, 1, vae.channels, *(side // vae.down for side in args.size))
     feed = loader(dataset, Steps(args, len(dataset), first), args)
     for step, (clips, _) in enumerate(feed, first):
@@ -801,11 +886,13 @@ def joint_batches(args, clips, pictures, schedule, shape, first):
                              p_still)[args.own]
         z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
         z0 = torch.as_tensor(z0).float()                    # stored in fp16, noised in fp32
-        still = draws.still.nonzero()[:, 0].tolist()
+        still = draws.still.nonzero()[:, 0].tolist()        # which of own are pictures: s of them
         if still:
+            # The j-th item is the j-th picture or the j-th clip of this step: both datasets are
+            # walked at one pace, and what one drop decides moves nothing else
             places = places_of_step(args.seed, step, shape[0], len(pictures))[args.own]
             z, words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w): for all frames
-            z0[still] = torch.as_tensor(z).float()
+            z0[still] = torch.as_tensor(z).float()             # (s, F, C, h, w), by broadcasting
             for j, caption in zip(still, words):
                 captions[j] = caption
         yield z0, captions, draws
@@ -827,11 +914,12 @@ def preview_vae(path, vae, dataset, args):
 def preview_samples(path, net, vae, dataset, prompts, args):
     """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Every
     process draws (a sharded model needs them all), the first one writes."""
+    # Seeds 0, 1, 2 ...: only the weights differ from one preview to the next
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
                        args.size, args.frames or 1, device=args.device)
     for piece in pieces(net):                               # --fsdp: a forward leaves its weights
         piece.reshard()                                     # whole, but the shares are what trains
-    notes, verdict = None, ""
+    notes, verdict = None, ""                               # of real data nobody knows the truth
     if isinstance(dataset, D.Shapes):                       # the judge reads what was drawn
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
         notes = [None if v.right else ("; ".join(v.reasons), "#c03030") for v in verdicts]
@@ -852,6 +940,8 @@ def preview_samples(path, net, vae, dataset, prompts, args):
 class Stop:
     """When to stop early: --minutes, SIGTERM or Ctrl-C. The step is finished and saved first; a
     second Ctrl-C leaves at once."""
+    # A handler that only takes a note: an exception in the middle of a step, or of a save, would
+    # leave weights that no uninterrupted run ever has
     def __init__(self, args):
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
         self.signal = ""
@@ -868,7 +958,8 @@ class Stop:
         return self.signal or ("--minutes" if time.monotonic() > self.deadline else "")
 
     def why(self, args):
-        """Why to stop, or "". Rank 0 decides for all."""
+        """Why to stop, or "". Rank 0 decides for all: if one process left by its own clock, the
+        others would wait for its gradients for ever."""
         answer = [self.asked()]
         if args.world_size > 1:
             dist.broadcast_object_list(answer)
@@ -886,6 +977,7 @@ def gather(x, args):
 
 def autocast(args):
     """bf16 where --precision says so; weights and loss stay fp32."""
+    # (bf16 has the range of fp32, so the loss needs no scaling, as with fp16 it would)
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -895,14 +987,16 @@ def backward(net, inputs, args):
     own, losses = args.own.stop - args.own.start, []
     micro = own // args.grad_accum
     for k in range(args.grad_accum):
-        part = slice(k * micro, (k + 1) * micro)
+        part = slice(k * micro, (k + 1) * micro)            # of tensors, a list and Draws alike
         on_device = [x[part].to(args.device) if isinstance(x, torch.Tensor) else x[part]
                      for x in inputs]
         with averaging(net, k == args.grad_accum - 1):
             with autocast(args):
                 loss = net(*on_device)                                             # (micro,)
+            # Over own, not micro: the micro-batches' gradients add up to those of the mean over
+            # this process's items, and their average over processes is the global batch's
             (loss.sum() / own).backward()
-        losses.append(loss.detach())
+        losses.append(loss.detach())                        # (the graph goes with the gradients)
     return torch.cat(losses)
 
 
@@ -910,6 +1004,7 @@ def learning_rate(step, args):
     """The rate of step 0, 1, ...: up in a line over WARMUP steps, then --lr, and from --lr-decay on
     --lr sqrt(decay / step) (as in Karras et al. 2024). It does not ask how many steps are still to
     come, so a run may be stopped anywhere, or made longer, and its steps are the same."""
+    # Rising first: AdamW divides by an average of squared gradients, which at first is of very few
     decay = math.sqrt(args.lr_decay / max(step, args.lr_decay)) if args.lr_decay else 1.0
     return args.lr * min(1.0, (step + 1) / WARMUP) * decay
 
@@ -920,13 +1015,15 @@ def update(trained, averaged, optimizer, step, args):
     not finite, nothing was changed."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    norm = whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)).item()   # over all processes' shares
+    # OURS: to a norm of 1. Under --fsdp the norm is over all processes' shares, so all of them see
+    # the same number, and either all make the step or none does.
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)).item()
     if math.isfinite(norm):
         optimizer.step()
         # EMA with a warm-up: or a short run's average would still be near its random start
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)                   # None: no memory between the steps
     return norm
 
 
@@ -943,6 +1040,7 @@ def shard(net, args):
     mesh = dist.init_device_mesh(args.device.type, (args.world_size,))
     for block in net.model.blocks:
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+        # Weights are put together by a hook on forward; sampling calls this method by itself, too
         fsdp.register_fsdp_forward_method(block, "keys_values")
     fsdp.fully_shard(net.model, mesh=mesh)                          # what is not in a block
     fsdp.register_fsdp_forward_method(net.model, "read")            # sampling calls it by itself
@@ -962,10 +1060,10 @@ def averaging(net, on):
     """Inside, a backward pass ends with the gradients' average over processes, or (on=False, all
     micro-batches but the last) only adds to this process's own."""
     if isinstance(net, torch.nn.parallel.DistributedDataParallel) and not on:
-        with net.no_sync():
+        with net.no_sync():                                 # the copies' way to say it
             yield
     else:
-        for piece in pieces(net):
+        for piece in pieces(net):                           # the shares' way; one process: none
             piece.set_requires_gradient_sync(on)
         yield
 
@@ -975,7 +1073,8 @@ def whole(x):
     take part."""
     if isinstance(x, sharded.DTensor):
         x = x.full_tensor()
-        # A checkpoint's tensors wait on the CPU of the process that writes it, one by one
+        # A checkpoint's tensors wait on the CPU of the process that writes it, one by one: whole
+        # on a GPU all at once, they are what --fsdp was asked for to avoid
         return x if x.ndim == 0 else x.cpu() if dist.get_rank() == 0 else None
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
@@ -998,6 +1097,7 @@ def start(args, dataset, pictures, last, init):
     them."""
     if last is None:
         return build(args, dataset, pictures, init)
+    # (the raw weights, which the optimizer's moments belong to; averages are `equip`'s affair)
     state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
     if args.stage == "vae":
         net = vae = G.build_vae(last).requires_grad_(True)
@@ -1020,17 +1120,21 @@ def equip(net, args, last=None):
         if args.fsdp:
             shard(module, args)                             # it moves what it cuts, block by block
         module.to(args.device)
+    # From here on the weights stay where they are: the optimizer, built next, holds on to them
     if args.stage != "vae":
         net.model.checkpoint_activations = args.checkpoint_activations
         for block in net.model.blocks if args.compile else ():
             # Block by block: all are compiled once, as one, in seconds and not in minutes; and in
             # place, so names in checkpoints stay as they are
             block.compile()
+    # OURS: betas and no decay (the paper says AdamW and its rate); 0.99 forgets an early large
+    # gradient in a hundred steps, where the usual 0.999 takes a thousand
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
                                   betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if last:
         saved, trained = last["optimizer"]["state"], optimizer.param_groups[0]["params"]
         check_moments(args, saved, trained)
+        # Only the moments are taken over: rates and betas are this code's, not the file's
         moments = {k: {name: cut_like(x, trained[k]) for name, x in saved[k].items()}
                    for k in saved}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
@@ -1040,6 +1144,7 @@ def equip(net, args, last=None):
 
 def pairs(net, ema):
     """The trained weights, and their averages in the same order."""
+    # (an average has requires_grad off, so it is the other one that tells which are trained)
     both = [(p, q) for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
     return [p for p, _ in both], [q for _, q in both]
 
@@ -1049,8 +1154,8 @@ def feed(args, net, ema, vae, dataset, pictures, prompts, first):
     if args.stage == "vae":
         return (vae_batches(args, dataset, net, first),
                 lambda path: preview_vae(path, ema, dataset, args))
-    high, wide = (side // vae.down for side in args.size)
-    shape = (args.batch_size, args.frames or 1, vae.channels, high, wide)
+    shape = (args.batch_size, args.frames or 1, vae.channels,
+             *(side // vae.down for side in args.size))     # (B, F, C, h, w)
     stills = latents_of(pictures, vae, args) if pictures is not None else None
     clips = latents_of(dataset, vae, args)
     return (joint_batches(args, clips, stills, net.schedule, shape, first),
@@ -1060,7 +1165,8 @@ def feed(args, net, ema, vae, dataset, pictures, prompts, first):
 def train(args):
     """Sets up one stage, resumes if there is something to resume, and trains."""
     last, init = prepare(args)
-    out, stop = Path(args.out), Stop(args)
+    out, stop = Path(args.out), Stop(args)                  # --minutes count from here
+    # ---- what trains, and where it stands
     if last:
         check_resumable(args, last)
         check_same_flags(args, last["args"])
@@ -1075,6 +1181,7 @@ def train(args):
                          f"to start afresh: --no-resume")
         return 0
     del last, init                                          # as large as the model: let go
+    # ---- what it trains on, and what shows how it goes
     trained, averaged = pairs(net, ema)
     print_main(args, f"{args.stage}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters, "
                      f"{args.steps} steps of {args.batch_size}, {args.device}, {args.precision}")
@@ -1082,7 +1189,8 @@ def train(args):
     (out / "samples").mkdir(exist_ok=True)
     log = Log(out / "log.csv", first, args.main)
     skipped = in_a_row = 0
-    # (closed also by an error, whose one line then stands alone)
+    # `net` is built and saved, `parallel` is net as the processes share it, `ema` is what previews
+    # draw with. (The bar is closed also by an error, whose one line then stands alone.)
     with tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True) as bar:
         for step, inputs in zip(range(first, args.steps), batches):
             # ---- the training step
@@ -1093,17 +1201,19 @@ def train(args):
             skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
             # ---- from here on we only watch, and save
             done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
+            # (the vae's inputs end with noise, all other stages' with Draws)
             t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device), args)
             log.write(done, gather(losses, args), t, norm, skipped, speed)
             bar.update()
             bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
-            if in_a_row == 10:
+            if in_a_row == 10:                              # one is bad luck, ten are a dead model
                 raise ValueError(f"no finite gradient in 10 steps, at step {done}; {out}/last.pt "
                                  f"holds the last good one; try a lower --lr, or --precision fp32")
             why = stop.why(args)
+            # Never in a row of bad steps: last.pt is to hold weights that were seen to work
             if (done % args.save_every == 0 or done == args.steps or why) and not in_a_row:
                 save(out, state, net, ema, optimizer, done, args, dataset, vae)
-            if done % args.sample_every == 0 or done in (100, args.steps):
+            if done % args.sample_every == 0 or done in (100, args.steps):     # 100: a first look
                 verdict = preview(out / "samples" / f"{done:06d}")
                 if args.main:
                     plot_log(out / "log.csv", out / "loss.png")
@@ -1131,6 +1241,9 @@ def finish(out, step, why, prompt, args):
 # 7. --dry-run: how large? --benchmark: how fast?
 # -----------------------------------------------------------------------------
 
+# Both look at the Transformer alone, the part that grows: text and latents are random numbers of
+# the right shapes, so nothing has to be downloaded, encoded or read.
+
 WIDTHS = dict(small=128, labels=128, clip=768, t5=4096)     # channels, known without a download
 WORDS = 77                      # tokens a text, as many as CLIP reads, wherever a text is made up
 
@@ -1146,10 +1259,21 @@ def imagine(args, temporal):
             raise ValueError(f"the width of text encoder '{name}' is not known here; "
                              f"try one of {', '.join(WIDTHS)}, or its folder")
         known = WIDTHS if name in WIDTHS else json.loads(config.read_text())
+        # T5 calls it d_model, CLIP hidden_size
         dims.append(known.get(name) or known.get("d_model") or known["hidden_size"])
     sizes = {k: getattr(args, k) or v for k, v in G.PRESETS[args.preset or "nano"].items()}
     return G.GenTronConfig(**sizes, text_dims=dims, conditioning=args.conditioning or "cross",
                            temporal=temporal)
+
+
+def shape_of(args, cfg, items, frames):
+    """(B, F, C, H, W) of latents: 8 times smaller than pictures, ours and Stable Diffusion's."""
+    return items, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8
+
+
+def tokens_of(cfg, shape):
+    """F N, the number of tokens of one item of this shape."""
+    return shape[1] * shape[3] * shape[4] // cfg.patch_size ** 2
 
 
 def random_text(dims, B):
@@ -1159,9 +1283,12 @@ def random_text(dims, B):
                   torch.randn(B, sum(dims)))
 
 
+# ---- how large: counted, not estimated by formulas, which would have to follow every edit of the
+# model. PyTorch runs the real forward pass on tensors that have shapes and no contents.
+
 def count_flops(cfg, shape):
     """Floating-point operations of one forward pass, shape (B, F, C, H, W); a training step takes
-    three times as many. Counted on the meta device, where tensors have shapes and no contents."""
+    three times as many: backward are two products, for the inputs and for the weights."""
     # (On the CPU torch's counter overlooks its fused attention; on meta that is two products.)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         text = random_text(cfg.text_dims, shape[0])
@@ -1183,7 +1310,8 @@ def count_saved(cfg, shape, bf16=False, again=False):
     def keep(x):
         kept[x.untyped_storage()._cdata] = x                # views of one storage count once
         return x
-    # Fake tensors have no contents either, but take the way through torch that real ones would
+    # Fake tensors, not meta: they take the way through torch that real ones on a CPU would, and
+    # which tensors are saved depends on it (fused attention saves no scores)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model = G.GenTron(cfg).train()
         model.checkpoint_activations = again
@@ -1195,19 +1323,20 @@ def count_saved(cfg, shape, bf16=False, again=False):
 
 
 def count_activations(cfg, shape, bf16=False, again=False):
-    """`count_saved` of any depth and batch, at the cost of a few blocks and two items, and with
-    what checkpointing computes again -> (bytes whatever the batch, bytes an item)."""
-    few = max(1, len(cfg.text_dims))                        # each encoder is read once
-    at = lambda B, depth, again: count_saved(dataclasses.replace(cfg, depth=depth),
-                                             (B, *shape[1:]), bf16, again)
+    """`count_saved` of any depth and batch, with what checkpointing computes again -> (bytes
+    whatever the batch, bytes an item). It is a straight line in depth and in items, so a few blocks
+    and one or two items tell: G/2 is never run, not even without contents."""
+    few = max(1, len(cfg.text_dims))                        # so many blocks read each encoder once
 
-    def of(B, again):                                       # a straight line in depth
-        small, large = at(B, few, again), at(B, 2 * few, again)
+    def of(items, again):
+        at = (items, *shape[1:])
+        small, large = (count_saved(dataclasses.replace(cfg, depth=depth), at, bf16, again)
+                        for depth in (few, 2 * few))
         return small + (cfg.depth / few - 1) * (large - small)
     one, two = of(1, again), of(2, again)
     if again:               # the blocks' inputs are kept, and one block's inside at a time
         one, two = one + of(1, False) / cfg.depth, two + of(2, False) / cfg.depth
-    return 2 * one - two, two - one                         # a straight line in items
+    return 2 * one - two, two - one                         # at no item, and of one more
 
 
 def dry_run(args):
@@ -1215,21 +1344,26 @@ def dry_run(args):
     prepare(args)
     frames, (high, wide) = args.frames or 1, args.size
     cfg = imagine(args, temporal=args.stage == "t2v")
-    # Latents are 8 times smaller than pictures and have 4 channels, ours and Stable Diffusion's
-    shape = (1, frames, cfg.in_channels, high // 8, wide // 8)
-    tokens = frames * shape[3] * shape[4] // cfg.patch_size ** 2
+    shape = shape_of(args, cfg, 1, frames)
     still, moving = (count_weights(dataclasses.replace(cfg, temporal=t)) for t in (False, True))
     flops = count_flops(cfg, shape)
     print(f"{args.preset or 'nano'}: {cfg.depth} blocks of {cfg.width} channels, {high}x{wide}, "
-          f"{tokens} tokens, text of {' + '.join(map(str, cfg.text_dims)) or 'no'} channels")
+          f"{tokens_of(cfg, shape)} tokens, text of {' + '.join(map(str, cfg.text_dims)) or 'no'} "
+          f"channels")
     print(f"{still / 1e6:.1f} M parameters, {moving / 1e6:.1f} M with temporal layers")
     print(f"{flops / 1e9:.1f} GFLOPs {'an image' if frames == 1 else 'a clip'}, "
           f"{3 * flops / 1e9:.1f} to train on it")
+    print_memory(args, cfg, shape, 4 * (moving if cfg.temporal else still))     # all in fp32
+    return 0
+
+
+def print_memory(args, cfg, shape, weights):
+    """A table: what a process needs, without and with each flag that saves memory. weights: their
+    bytes; shape: one item's."""
     print(f"memory of a process in GB, batch {args.batch_size}, {args.precision}; estimated from "
           f"shapes, without workspace and the frozen encoders")
     columns = ("weights", "gradients", "AdamW", "EMA", "activations", "all")
     print(f"{'':<54}" + "".join(f"{column:>12}" for column in columns))
-    weights = 4 * (moving if cfg.temporal else still)       # all fp32, AdamW has two moments each
     for again in (False, True):
         fixed, an_item = count_activations(cfg, shape, args.precision == "bf16", again)
         for accum, processes in itertools.product((1, 16), (1, max(8, args.world_size))):
@@ -1241,13 +1375,14 @@ def dry_run(args):
             # `fixed` is the weights in bf16, which are then let go with the block
             travelling = 2 * weights / cfg.depth if processes > 1 else 0
             saved = items * an_item + (fixed if processes == 1 else 0)
-            row = [part + travelling, part, 2 * part, part, saved]
+            row = [part + travelling, part, 2 * part, part, saved]     # AdamW: two moments each
             flags = [f"--fsdp on {processes}"] * (processes > 1)
             flags += [f"--grad-accum {accum}"] * (accum > 1) + ["--checkpoint-activations"] * again
             print(f"{' '.join(flags) or 'no flag':<54}"
                   + "".join(f"{cell / 1e9:12.2f}" for cell in (*row, sum(row))))
-    return 0
 
+
+# ---- how fast
 
 class RandomText(torch.nn.Module):
     """Stands in for the text encoders where only the time matters: B captions -> a random Text."""
@@ -1263,22 +1398,23 @@ class RandomText(torch.nn.Module):
             return random_text(self.dims, len(captions))
 
 
-def matmul_rate(args):
-    """FLOP/s of one product of two large matrices: what a model, mostly products, could reach at
-    best."""
-    cuda, half = args.device.type == "cuda", args.precision == "bf16"
-    n = 8192 if cuda else 512
-    a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if half else torch.float32)
-    started = clock(args)
-    a @ a
-    return 2 * n ** 3 / (clock(args) - started)
-
-
 def clock(args):
     """Seconds, once the device has done all that it was asked to."""
     if args.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()        # (a GPU takes orders, and answers before they are done)
     return time.perf_counter()
+
+
+def time_in_turn(ways, turns, args):
+    """{name: function of the turn's number} -> {name: seconds (turns,)}. Each turn runs them all:
+    machines drift, and only neighbours in time compare. Three more turns go first, to warm up."""
+    seconds = {name: [] for name in ways}
+    for turn in tqdm(range(3 + turns), desc="benchmark", leave=False, disable=not args.main):
+        for name, run in ways.items():
+            started = clock(args)
+            run(turn)
+            seconds[name].append(clock(args) - started)
+    return {name: np.array(all_of_it[3:]) for name, all_of_it in seconds.items()}
 
 
 def peak_memory(args):
@@ -1292,8 +1428,7 @@ def peak_memory(args):
 
 def benchmark(args):
     """Times training steps on random latents and text, one line a setting. With --conditioning
-    adaln and diffusers installed, its DiT of the same sizes is timed too. What is compared runs in
-    turn: machines drift, and only neighbours in time compare. Writes nothing."""
+    adaln and diffusers installed, its DiT of the same sizes is timed too. Writes nothing."""
     prepare(args)
     flags = [f"--{name.replace('_', '-')}" for name in ("fsdp", "compile", "checkpoint_activations")
              if getattr(args, name)]
@@ -1312,42 +1447,40 @@ def benchmark(args):
 def time_training(args, frames):
     """One line for clips of so many frames: median time, rates, memory."""
     cfg = imagine(args, temporal=args.stage == "t2v")
-    shape = (args.batch_size, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8)
+    shape = shape_of(args, cfg, args.batch_size, frames)
     with torch.device("cpu" if args.fsdp else args.device):
         net = G.Net(G.GenTron(cfg), RandomText(cfg.text_dims, args.device),
                     G.NoiseSchedule(args.schedule, args.objective))
     ema, optimizer, parallel = equip(net, args)
     inputs = (torch.randn(shape)[args.own], [""] * args.batch_size,
               G.randomness(args.seed, 0, shape, net.schedule)[args.own])
+    # What a model, which is mostly products, could reach at best: one of two large matrices
+    n = 8192 if args.device.type == "cuda" else 512
+    a = torch.randn(n, n, device=args.device,
+                    dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
 
-    def ours(step):
+    def ours(turn):                                         # all of a step, as `train` makes it
         backward(parallel, inputs, args)
-        update(*pairs(net, ema), optimizer, step, args)
-    contenders = {"gentron": ours}
+        update(*pairs(net, ema), optimizer, turn, args)
+    ways = {"product": lambda turn: a @ a, "gentron": ours}
     if args.conditioning == "adaln" and frames == 1 and shape[3] == shape[4]:
         theirs = diffusers_step(args, cfg, inputs[0])
-        contenders |= {"diffusers": theirs} if theirs else {}
-    times, products = {name: [] for name in contenders}, []
-    for step in tqdm(range(3 + args.steps), desc="benchmark", leave=False, disable=not args.main):
-        products.append(matmul_rate(args) * args.world_size)
-        for name, run in contenders.items():
-            started = clock(args)
-            run(step)
-            times[name].append(clock(args) - started)
-    median = {name: float(np.median(t[3:])) for name, t in times.items()}       # 3 to warm up
-    rate = 3 * count_flops(cfg, (1, *shape[1:])) * args.batch_size / median["gentron"]
-    best = float(np.median(products[3:]))
+        ways |= {"diffusers": theirs} if theirs else {}
+    seconds = time_in_turn(ways, args.steps, args)
+    # The median: one turn in which the machine did something else moves a mean, not the middle
+    best, median = (float(np.median(seconds[name])) for name in ("product", "gentron"))
+    rate = 3 * count_flops(cfg, (1, *shape[1:])) * args.batch_size / median
+    share = rate / (2 * n ** 3 / best * args.world_size)
     size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M"
     unit = "clips" if frames > 1 else "images"
-    print_main(args, f"{frames:3} frames, {frames * shape[3] * shape[4] // cfg.patch_size ** 2:5} "
-                     f"tokens, {size}: {median['gentron']:.3f} s a step, "
-                     f"{args.batch_size / median['gentron']:.1f} {unit}/s, "
-                     f"{rate / 1e12:.3g} TFLOP/s ({rate / best:.0%}), "
-                     f"peak {peak_memory(args) / 1e9:.2f} GB")
-    if len(times) > 1:
-        ratio = np.array(times["diffusers"][3:]) / np.array(times["gentron"][3:])
-        print_main(args, f"diffusers' DiT: {median['diffusers']:.3f} s a step; gentron is "
-                         f"{np.median(ratio):.2f} times as fast (median of {len(ratio)} turns)")
+    print_main(args, f"{frames:3} frames, {tokens_of(cfg, shape):5} tokens, {size}: "
+                     f"{median:.3f} s a step, {args.batch_size / median:.1f} {unit}/s, "
+                     f"{rate / 1e12:.3g} TFLOP/s ({share:.0%}), "
+                     f"peak {(peak_memory(args) - a.nbytes) / 1e9:.2f} GB")
+    if "diffusers" in seconds:
+        ratio = seconds["diffusers"] / seconds["gentron"]   # turn by turn
+        print_main(args, f"diffusers' DiT: {np.median(seconds['diffusers']):.3f} s a step; gentron "
+                         f"is {np.median(ratio):.2f} times as fast (median of {len(ratio)} turns)")
 
 
 def diffusers_step(args, cfg, z):
@@ -1365,11 +1498,11 @@ def diffusers_step(args, cfg, z):
     t, labels = (torch.randint(1000, (len(z),), device=args.device) for _ in range(2))
     ema, optimizer = copy.deepcopy(dit), torch.optim.AdamW(dit.parameters(), fused=True)
 
-    def step(number):
+    def step(turn):                                         # the same work around the model as ours
         with autocast(args):
             loss = dit(z, t, labels).sample.float().square().mean()
         loss.backward()
-        update(*pairs(dit, ema.requires_grad_(False)), optimizer, number, args)
+        update(*pairs(dit, ema.requires_grad_(False)), optimizer, turn, args)
     return step
 
 
@@ -1380,28 +1513,34 @@ def time_guidance(args, frames):
     cfg = imagine(args, temporal=True)
     with torch.device(args.device):
         model = G.GenTron(cfg).eval()
-        z, t = torch.randn(1, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8), \
-            torch.full((1,), 500)
+        z, t = torch.randn(shape_of(args, cfg, 1, frames)), torch.full((1,), 500)
         text, null = random_text(cfg.text_dims, 1), random_text(cfg.text_dims, 1)
         off = torch.zeros(1, dtype=torch.bool)
     predict = G.guided(model, text, null, cfg=4.0, motion_scale=1.2)
-    ways = {"batch": lambda: predict(z, t),
-            "three": lambda: (model(z, t, text), model(z, t, null), model(z, t, null, off))}
-    times = {name: [] for name in ways}
-    for _ in range(3 + 2 * args.steps):
-        for name, run in ways.items():                      # in turn: machines drift
-            started = clock(args)
-            with autocast(args):
-                run()
-            times[name].append(clock(args) - started)
-    batch, three = (float(np.median(times[name][3:])) for name in ways)
+
+    @autocast(args)
+    def in_a_batch(turn):
+        predict(z, t)
+
+    @autocast(args)
+    def one_by_one(turn):
+        model(z, t, text)
+        model(z, t, null)
+        model(z, t, null, off)
+    seconds = time_in_turn({"batch": in_a_batch, "three": one_by_one}, 2 * args.steps, args)
+    batch, three = (float(np.median(seconds[name])) for name in ("batch", "three"))
     print_main(args, f"guided sampling step, {frames} frames: {1000 * batch:.1f} ms in one batch "
                      f"with the text read once, {1000 * three:.1f} ms in three forwards: "
                      f"{three / batch:.2f} times as fast")
 
 
+# -----------------------------------------------------------------------------
+# 8. Main
+# -----------------------------------------------------------------------------
+
 def out_of_memory(error):
     """Does an exception say that there was not enough memory, on a GPU or on the CPU?"""
+    # (on the CPU torch raises a plain RuntimeError, and only its words differ from a bug's)
     says = str(error).lower()
     return isinstance(error, MemoryError) or any(
         words in says for words in ("out of memory", "can't allocate memory", "not enough memory"))
@@ -1410,6 +1549,7 @@ def out_of_memory(error):
 def advice(args):
     """What to do about too little memory: flags not yet in use, the cheapest first."""
     flags = ["--precision bf16"] * ("cuda" in str(args.device) and args.precision == "fp32")
+    # Accumulation costs no time, so it goes before computing twice; but it must divide the batch
     share = (args.batch_size or 2) // args.world_size
     flags += [f"--grad-accum {2 * args.grad_accum}"] * (share % (2 * args.grad_accum) == 0)
     flags += ["--checkpoint-activations"] * (not args.checkpoint_activations)
@@ -1430,7 +1570,7 @@ def main(argv=None):
         return 2
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
-            raise
+            raise                                           # a bug: its traceback is wanted
         print(f"error: {advice(args)}", file=sys.stderr)
         return 2
     finally:
