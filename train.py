@@ -91,10 +91,12 @@ def parser():
     # are read (D.number), so the code below never meets a step count of 0 or a rate of nan.
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     whole, share = D.number(int, 1), D.number(float, 0, 1)
+    # Flags whose default depends on the preset or the stage have none here: `fill_in` gives it
     g = p.add_argument_group("what to train")
     g.add_argument("--stage", choices=("vae", "encode", "t2i", "t2v"), default="t2i",
                    help="autoencoder, a cache of latents, pictures (default), clips")
     g.add_argument("--preset", choices=G.PRESETS, help="size of the Transformer (nano)")
+    # A model between the presets, or a tiny one for a test
     g.add_argument("--depth", type=whole, help="blocks, instead of the preset's")
     g.add_argument("--width", type=whole, help="channels of a token, instead of the preset's")
     g.add_argument("--heads", type=whole, help="attention heads, instead of the preset's")
@@ -114,12 +116,15 @@ def parser():
     g.add_argument("--frames", type=D.number(int, 1, 1024), help="t2v: frames a clip (8)")
     g.add_argument("--fps", type=D.number(float, 0.01, 1000), default=4.0,
                    help="t2v: frames a second (4)")
+    # OURS: both rates; the paper drops text and motion, and does not say how often
     g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
     g.add_argument("--p-motion-free", type=share, default=0.1,
                    help="t2v: share of items that are stills, temporal attention off (0.1)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=whole, help="steps in all")
     g.add_argument("--minutes", type=D.number(float, 0, above=True), help="then stop and save")
+    # The batch is global, so that a command means the same run on one GPU and on eight; what a
+    # process holds at a time is batch / processes / grad-accum
     g.add_argument("--batch-size", type=whole,
                    help="over all processes (nano: 64, clips 16; else 256)")
     g.add_argument("--grad-accum", type=whole, default=1, help="micro-batches a step (1)")
@@ -140,6 +145,7 @@ def parser():
                    help="processes that draw or decode (2)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (the best there is)")
     g.add_argument("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
+    # What the paper's G/2 needs: less memory for more time
     g.add_argument("--checkpoint-activations", action="store_true",
                    help="compute blocks again in the backward pass: slower, far less memory")
     g.add_argument("--fsdp", action="store_true",
@@ -147,6 +153,7 @@ def parser():
                         "moments and averages; slower than copies, and far less memory")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the blocks: a minute to start, then faster on a GPU")
+    # In place of a run: section 7
     g.add_argument("--dry-run", action="store_true",
                    help="print parameters, GFLOPs and memory for these flags; allocates nothing")
     g.add_argument("--benchmark", action="store_true",
@@ -299,6 +306,7 @@ def build(args, dataset, pictures, init):
                  "schedule": {"kind": args.schedule, "objective": args.objective},
                  "vae": find_vae(args.vae)}
     vae, config = G.build_vae(state).to(args.device), state["config"]
+    # (a parent's sizes cannot change: its weights would no longer fit, and `load` says which)
     for flag in ("depth", "width", "heads", "patch_size", "conditioning"):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)
@@ -308,6 +316,7 @@ def build(args, dataset, pictures, init):
     if any(side % multiple for side in args.size):
         raise ValueError(f"--size {args.size[0]}x{args.size[1]} is not divisible by {multiple} "
                          f"(autoencoder {vae.down} x patch {config['patch_size']})")
+    # Made of the very dict that is saved: what a checkpoint rebuilds is what was trained
     net = G.Net(G.GenTron(G.GenTronConfig(**config)), encoder,
                 G.NoiseSchedule(**state["schedule"]))
     if init:
@@ -365,7 +374,7 @@ def find_vae(name):
 
 def vocabulary_of(dataset, spec):
     """Words for the small encoder, class names for --text labels, nothing for the others."""
-    if spec == "labels":
+    if spec == "labels":                                    # a table of vectors, a row a class
         if not dataset.labels:
             raise ValueError("--text labels needs class folders (corgi/1.jpg), and this data has "
                              "captions; try --text small")
@@ -776,12 +785,19 @@ def flags_of(args):
 
 
 def check_resumable(args, last):
-    """ValueError if last.pt is not all of a run of this stage (ema.pt, say, under its name)."""
+    """ValueError if last.pt is not all of a run of this stage (ema.pt, say, under its name), or was
+    made with other flags: going on with those would be another run, so they are refused by name."""
     parts = [name for name in ("weights", "ema", "optimizer") if name not in last]
     if parts or last["stage"] != args.stage:
         what = f"lacks {', '.join(parts)}" if parts else f"is of stage {last['stage']}"
         raise ValueError(f"{args.out}/last.pt {what}, so no run can go on from it; use --out for a "
                          f"new run, or --no-resume")
+    saved = last["args"]
+    for name, value in flags_of(args).items():
+        # (name in saved: a flag that is younger than the run had no other value then)
+        if name not in HARMLESS and name in saved and saved[name] != value:
+            raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in this run, now it is "
+                             f"{value}; use --out for a new run, or --no-resume")
 
 
 def check_moments(args, moments, weights):
@@ -792,15 +808,6 @@ def check_moments(args, moments, weights):
              for k, m in moments.items()}
     if saved != shapes:
         raise ValueError(f"{args.out}/last.pt is damaged: its optimizer does not fit its weights")
-
-
-def check_same_flags(args, saved):
-    """Going on with other flags would be another run: refused by name."""
-    # (name in saved: a flag that is younger than the run had no other value then)
-    for name, value in flags_of(args).items():
-        if name not in HARMLESS and name in saved and saved[name] != value:
-            raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in this run, now it is "
-                             f"{value}; use --out for a new run, or --no-resume")
 
 
 @torch.no_grad()
@@ -881,7 +888,8 @@ def joint_batches(args, clips, pictures, schedule, shape, first):
     all there is. clips, pictures: Latents or caches (pictures None: no stills); shape:
     (B, F, C, h, w)."""
     p_still = args.p_motion_free if pictures else 0.0
-    for step in itertools.count(first):
+    for step in itertools.count(first):                     # the loop knows when to stop
+        # For the global batch, then this process's slice: item j gets the same on any of them
         draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text,
                              p_still)[args.own]
         z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
@@ -899,11 +907,12 @@ def joint_batches(args, clips, pictures, schedule, shape, first):
 
 
 def preview_vae(path, vae, dataset, args):
-    """Eight pictures above their round trips. Returns a line for the log."""
+    """Eight pictures above their round trips. Returns a line for the log: the PSNR, a mean over
+    pictures in dB, since a mean of errors would mostly be that of the worst picture."""
     clips = np.stack([dataset[i][0] for i in range(min(8, len(dataset)))])
     with torch.no_grad():
         back = G.to_uint8(vae.decode(vae.encode(G.to_float(clips).to(args.device))))
-    error = np.square(clips / 255.0 - back / 255.0).mean((1, 2, 3, 4))
+    error = np.square(clips / 255.0 - back / 255.0).mean((1, 2, 3, 4))     # (8,)
     labels = ["picture"] * len(clips) + ["round trip"] * len(clips)
     if args.main:
         with D.writing(f"{path}.png"):
@@ -1150,7 +1159,8 @@ def pairs(net, ema):
 
 
 def feed(args, net, ema, vae, dataset, pictures, prompts, first):
-    """-> the batches of step first, first + 1, ... and preview(path), of the stage at hand."""
+    """-> the batches of step first, first + 1, ... and preview(path), of the stage at hand: all in
+    which the stages differ, once the loop runs."""
     if args.stage == "vae":
         return (vae_batches(args, dataset, net, first),
                 lambda path: preview_vae(path, ema, dataset, args))
@@ -1169,7 +1179,6 @@ def train(args):
     # ---- what trains, and where it stands
     if last:
         check_resumable(args, last)
-        check_same_flags(args, last["args"])
     dataset, pictures, prompts = open_data(args)
     net, vae, state = start(args, dataset, pictures, last, init)
     ema, optimizer, parallel = equip(net, args, last)
@@ -1192,6 +1201,7 @@ def train(args):
     # `net` is built and saved, `parallel` is net as the processes share it, `ema` is what previews
     # draw with. (The bar is closed also by an error, whose one line then stands alone.)
     with tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True) as bar:
+        # (range first, or zip would have one batch too many encoded before it stops)
         for step, inputs in zip(range(first, args.steps), batches):
             # ---- the training step
             tick = time.monotonic()
@@ -1226,7 +1236,7 @@ def train(args):
 
 
 def finish(out, step, why, prompt, args):
-    """The last words: how to go on, or what to do with the result."""
+    """The last words: how to go on, or what to do with the result, as a command to be copied."""
     if step < args.steps:
         print_main(args, f"stopped by {why} after step {step} of {args.steps}, saved. "
                          f"To go on: the same command")
