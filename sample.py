@@ -14,9 +14,14 @@ The checkpoint is --ckpt, or the newest run's in runs/, or the one that ships (a
 is always printed. Same checkpoint, prompt, seed and flags: same picture, whatever its neighbours.
 """
 
+# The file in one breath: `main` reads the flags, a `Sampler` (3) turns prompts and seeds into
+# clips, and a flag says what becomes of them: `draw` writes them (4), `bench` has the judge read
+# them (5), `compare` sets two systems side by side (6), `strip` and `attention_sheet` look at how
+# they came about (7).
+
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # before torch is loaded: see train.py
 
 import argparse
 import base64
@@ -60,6 +65,7 @@ def motion_scale(text):
 def parser():
     """Every flag, in four groups."""
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Sizes and frames default to what the checkpoint was trained on, as it draws that best
     g = p.add_argument_group("what to draw")
     g.add_argument("prompt", nargs="*", help="one or more sentences")
     g.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
@@ -72,12 +78,15 @@ def parser():
     g.add_argument("--out", help="FILE.png, FILE.gif, FILE.mp4, or a folder/ for one file a "
                                  "picture (out.png, out.gif); --bench: a PNG of what failed "
                                  "(bench.png); --compare: the study's page (study.html)")
+    # --ckpt, --cfg, --motion and --steps are always lists: `only_one` and `settings` make single
+    # values of them
     g = p.add_argument_group("how (with --bench, several values by commas: a row for each)")
     g.add_argument("--ckpt", type=listed(str), metavar="FILE", help="ema.pt or last.pt of a run")
     g.add_argument("--ema", dest="weights", action="store_const", const="ema", default="ema",
                    help="the averaged weights (default)")
     g.add_argument("--raw", dest="weights", action="store_const", const="weights",
                    help="the weights themselves, which only last.pt holds")
+    # OURS: 4, on the shapes world; the paper draws its clips with l_T = 7.5
     g.add_argument("--cfg", type=listed(D.number(float, 0, 100)), default=[4.0], metavar="l_T",
                    help="text guidance, uncond + l_T (cond - uncond); 1 = off (4)")
     g.add_argument("--motion", type=listed(motion_scale), default=[1.0], metavar="l_M",
@@ -86,8 +95,10 @@ def parser():
     g.add_argument("--steps", type=listed(D.number(int, 1, 1000)), default=[25],
                    help="of the sampler (25)")
     g.add_argument("--sampler", choices=tuple(G.SAMPLERS), default="dpm++")
+    # For memory alone: no picture depends on its batch
     g.add_argument("--batch-size", type=D.number(int, 1, 4096), default=50, help="at a time (50)")
     g.add_argument("--device", help="cpu, cuda, mps ... (the best there is)")
+    # One of these at most: each decides what becomes of the clips
     g = p.add_argument_group("in place of a picture").add_mutually_exclusive_group()
     g.add_argument("--strip", action="store_true",
                    help="each prompt's picture at twelve moments, the estimate of z0 below")
@@ -114,7 +125,8 @@ def parser():
 # -----------------------------------------------------------------------------
 
 def read_prompts(args):
-    """The prompts of the command line, then those of --prompts. ValueError if there are none."""
+    """The prompts of the command line, then those of --prompts -> (prompts, each --per-prompt
+    times, and their seeds). ValueError if there are none."""
     prompts = list(args.prompt)
     if args.prompts:
         try:
@@ -125,7 +137,9 @@ def read_prompts(args):
     if not prompts:
         where = f"{args.prompts} holds none" if args.prompts else "none given"
         raise ValueError(f"no prompt, {where}; try: python sample.py \"a red circle\"")
-    return prompts
+    prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
+    # A seed a picture: no two begin with the same noise, or they would share a layout
+    return prompts, [args.seed + k for k in range(len(prompts))]
 
 
 def check_words(encoder, prompts):
@@ -144,7 +158,9 @@ def bench_prompts(args):
     n = args.n or (20 if args.quick else 100)
     names = args.category or (D.CLIP_CATEGORIES if args.frames > 1 else
                               (*D.CATEGORIES, "numeracy"))
-    # A prompt's noise depends on its place in its category, not on what else is asked for
+    # A prompt's noise depends on its place in its category, not on what else is asked for: one
+    # category alone has the score that it has in the whole table. crc32, because Python's own
+    # hash() of a string is another one in each process.
     return {name: (D.prompts(name, n, args.split),
                    [args.seed + zlib.crc32(f"{name} {k}".encode()) for k in range(n)])
             for name in names}
@@ -158,12 +174,15 @@ class Sampler:
     """A checkpoint ready to draw: sampler(prompts, seeds) -> uint8 (n, F, H, W, 3). args: flags of
     one value each. Raises ValueError for a checkpoint that cannot make what they ask for."""
     def __init__(self, args, path):
+        # The checkpoint says all about the model: no flag has to repeat how it was trained
         self.args, self.path, self.state = args, path, G.load_checkpoint(path)
         self.device = G.pick_device(args.device)
         self.net = G.build_net(self.state, args.weights).to(self.device)
         self.vae = G.build_vae(self.state).to(self.device)
         self.size = args.size or tuple(self.state["size"])
         self.fps = args.fps or self.state["fps"]
+        # A token is p x p latents of 8 x 8 pixels; positions are computed, so any grid of them will
+        # do, and any number of frames
         multiple = self.vae.down * self.net.model.cfg.patch_size
         if any(side % multiple for side in self.size):
             raise ValueError(f"--size {self.size[0]}x{self.size[1]} is not divisible by "
@@ -173,8 +192,11 @@ class Sampler:
                              f"pictures; train one: python train.py --stage t2v")
 
     def __call__(self, prompts, seeds, what="sampling", on_step=None):
+        """what: the progress bar's label; on_step: see `generate`."""
         args, clips = self.args, []
         with tqdm(total=len(prompts), desc=what, leave=False) as bar:
+            # By --batch-size, for memory's sake alone: each item has its own seed, and so the same
+            # noise whatever its batch
             for i in range(0, len(prompts), args.batch_size):
                 part = slice(i, i + args.batch_size)
                 clips.append(G.generate(
@@ -182,25 +204,26 @@ class Sampler:
                     seeds[part], self.size, args.frames, args.cfg, args.motion, args.steps,
                     args.sampler, self.device, on_step))
                 bar.update(len(prompts[part]))
-        return np.concatenate(clips)
+        return np.concatenate(clips)                                       # (n, F, H, W, 3)
 
+    @torch.no_grad()
     def decode(self, z):
         """Latents (n, F, C, h, w), also half-finished ones -> uint8 (n, F, H, W, 3)."""
-        with torch.no_grad():
-            return G.to_uint8(self.vae.decode(z))
+        return G.to_uint8(self.vae.decode(z))
 
+    @torch.no_grad()
     def round_trip(self, clips):
         """n uint8 clips through the autoencoder and back: uint8 (n, F, H, W, 3)."""
         back = []
         for i in range(0, len(clips), self.args.batch_size):
             x = G.to_float(np.stack(clips[i:i + self.args.batch_size])).to(self.device)
-            with torch.no_grad():
-                back.append(self.decode(self.vae.encode(x)))
+            back.append(self.decode(self.vae.encode(x)))                   # x (b, F, 3, H, W)
         return np.concatenate(back)
 
 
 def settings(args):
     """Flags that hold lists -> Namespaces of one value each, all combinations, --ckpt outermost."""
+    # (outermost: the table then comes in one piece a checkpoint)
     paths = args.ckpt or [G.find_checkpoint()]
     for path, cfg, motion, steps in itertools.product(paths, args.cfg, args.motion, args.steps):
         yield argparse.Namespace(**{**vars(args), "ckpt": path, "cfg": cfg, "motion": motion,
@@ -213,7 +236,7 @@ def shown(value):
 
 
 def introduce(sampler):
-    """Prints which checkpoint draws, and how."""
+    """Prints which checkpoint draws, and how: a picture is worth little if nobody knows whose."""
     args, state = sampler.args, sampler.state
     print(f"{sampler.path}: {state['stage']}, step {state['step']}, "
           f"{'EMA' if args.weights == 'ema' else 'raw'} weights; {args.sampler}, {args.steps} "
@@ -226,6 +249,7 @@ def introduce(sampler):
 
 def output_path(args):
     """--out -> (path, is it a folder?), known to be writable before any work is done."""
+    # A folder need not exist yet, so its name must tell: a slash at the end, or no suffix
     path = Path(args.out or ("out.gif" if args.frames > 1 else "out.png"))
     if str(args.out).endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
         D.writable(path / "captions.jsonl")
@@ -239,9 +263,9 @@ def output_path(args):
 
 def write(clips, prompts, path, folder, fps):
     """A folder of single files with their captions.jsonl (train.py reads it), or one labelled
-    grid; in a PNG a clip is a film strip, a row a clip."""
+    grid; in a PNG a clip is a film strip, a row a clip. clips: uint8 (n, F, H, W, 3)."""
     frames = clips.shape[1]
-    if folder:
+    if folder:                      # bare pictures, numbered: what FID and CLIP-score tools expect
         names = [f"{k:05d}.{'gif' if frames > 1 else 'png'}" for k in range(len(clips))]
         for name, clip in zip(names, clips):
             images = [Image.fromarray(frame) for frame in clip]
@@ -252,6 +276,7 @@ def write(clips, prompts, path, folder, fps):
     if path.suffix.lower() == ".png":
         film_strip(clips, prompts).save(path)
         return
+    # All clips move together: moment f of each is a cell of sheet f, and the sheets are the frames
     columns = min(6, math.ceil(math.sqrt(len(clips))))
     sheets = [D.contact_sheet(clips, prompts, columns, frame=f) for f in range(frames)]
     save = D.save_gif if path.suffix.lower() == ".gif" else D.save_mp4
@@ -266,7 +291,7 @@ def film_strip(clips, prompts, notes=None):
     if frames == 1:
         columns = min(10, math.ceil(math.sqrt(len(clips))))
         return D.contact_sheet(clips, prompts, columns, notes)
-    cells = [frame for clip in clips for frame in clip]
+    cells = [frame for clip in clips for frame in clip]     # n F of them, F to a row
     first = lambda items, rest: [x if f == 0 else rest for x in items for f in range(frames)]
     return D.contact_sheet(cells, first(prompts, ""), frames, first(notes, None))
 
@@ -277,9 +302,12 @@ def film_strip(clips, prompts, notes=None):
 
 def wilson(right, n):
     """95 % interval of a share, right of n (Wilson 1927): (low, high), each 0 .. 1."""
+    # Not p +- 1.96 sqrt(p (1 - p) / n): that one has no width at all where none or all are right,
+    # which is where a benchmark of a small model begins and a good one's ends
     z, p = 1.959964, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    # (max: of none right the low end is 0, which rounding can miss by a hair, and print as -0)
+    return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def percent(low, high):
@@ -289,6 +317,7 @@ def percent(low, high):
 
 def record_of(sampler):
     """What a reader of the numbers needs to make them again, as a JSON-able dict."""
+    # (versions too: another torch may add in another order, and a picture differ in a pixel)
     args, state = sampler.args, sampler.state
     return {"checkpoint": str(sampler.path), "stage": state["stage"], "step": state["step"],
             "made": state["made"], "weights": args.weights, "sampler": args.sampler,
@@ -302,15 +331,17 @@ def grade(name, prompts, clips):
     """Lets the judge read one category -> its entry of the record, and what failed as (clip,
     prompt, reasons)."""
     verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
+    # What a category asks for is less than all that the judge looks at: `passed` knows which part
     right, n = [D.passed(verdict, name) for verdict in verdicts], len(prompts)
     entry = {"n": n, "score": float(np.mean(right)), "interval": wilson(sum(right), n)}
     for number in verdicts[0].numbers:                      # frames_right, colors_present, flicker
         values = [verdict.numbers[number] for verdict in verdicts]
-        entry[number] = float(np.mean(values))
+        entry[number] = float(np.mean(values))              # no share of n: a normal's interval
         entry[f"{number}_error"] = float(1.96 * np.std(values) / math.sqrt(n))
     if "motion" in verdicts[0].parts:                       # every thing does what it was told to
         moves = sum(v.parts["motion"] and v.parts["stillness"] for v in verdicts)
         entry["moves_right"], entry["moves_interval"] = moves / n, wilson(moves, n)
+    # Two records with the same hash were asked the same sentences, whatever the version of data.py
     entry["prompts_hash"] = f"{zlib.crc32(chr(10).join(prompts).encode()):08x}"
     entry["verdicts"] = [{"prompt": p, "right": ok, "reasons": v.reasons, **v.parts, **v.numbers}
                          for p, v, ok in zip(prompts, verdicts, right)]
@@ -320,15 +351,17 @@ def grade(name, prompts, clips):
 
 
 def ceiling(sampler, name, prompts):
-    """How often the truth passes after a round trip through the autoencoder, 0 .. 1: nothing that
+    """How often the truth passes after a round trip through the autoencoder, 0 .. 1. Nothing that
     is sampled through it can be expected to do better."""
+    # Drawn by the world itself, and so right in every category: what fails was lost on the way
     clips = [D.truth(prompt, 0, sampler.size, sampler.args.frames) for prompt in prompts]
     back = sampler.round_trip(clips)
     return float(np.mean([D.passed(D.judge(c, prompt), name) for c, prompt in zip(back, prompts)]))
 
 
 def table_columns(args, swept):
-    """The table's columns: [(title, width, function of a setting, a category and its entry)]."""
+    """The table's columns: [(title, width, function of a setting, a category and its entry)].
+    swept: flags with several values, each a column, or rows could not be told apart."""
     share = lambda key: lambda one, name, entry: f"{100 * entry[key]:.1f}"
     range_ = lambda key: lambda one, name, entry: percent(*entry[key])
     columns = [(flag, 6, lambda one, name, entry, flag=flag: shown(getattr(one, flag)))
@@ -347,6 +380,7 @@ def table_columns(args, swept):
 def bench(args):
     """Draws each category's fixed prompts with each setting, lets the judge read them, prints a
     table, a row a setting and category. Writes every verdict, and a sheet of what failed."""
+    # Both are tried now: a benchmark of an hour must not end with a folder that is not there
     json_path = D.writable(args.json or "bench.json")
     sheet_path = D.writable(args.out or "bench.png")
     if args.prompt or args.prompts:
@@ -357,27 +391,34 @@ def bench(args):
     columns = table_columns(args, swept)
     for one in settings(args):
         sampler = Sampler(one, one.ckpt)
-        if not records or records[-1]["checkpoint"] != one.ckpt:
+        if not records or records[-1]["checkpoint"] != one.ckpt:    # once a checkpoint
             introduce(sampler)
             print("".join(f"{title:>{width}}" for title, width, _ in columns))
-        record = {**record_of(sampler), "categories": {}}
+        entries = {}
         for name, (prompts, seeds) in asked.items():
-            entry, failed = grade(name, prompts, sampler(prompts, seeds, name))
-            # it depends on the autoencoder and the prompts, not on the other flags
+            entries[name], failed = grade(name, prompts, sampler(prompts, seeds, name))
+            # It depends on the autoencoder and the prompts, not on the other flags
             if (one.ckpt, name) not in ceilings:
                 ceilings[one.ckpt, name] = ceiling(sampler, name, prompts)
-            entry["ceiling"] = ceilings[one.ckpt, name]
-            record["categories"][name] = entry
+            entries[name]["ceiling"] = ceilings[one.ckpt, name]
             failures += failed
-            print("".join(f"{text(one, name, entry):>{width}}" for _, width, text in columns),
-                  flush=True)
-        six = [record["categories"][name]["score"] for name in D.CATEGORIES if name in asked]
-        if len(six) == 6:
-            record["mean"] = sum(six) / 6
-            print(f"mean of the six {100 * record['mean']:5.1f}")
-        records.append(record)
+            # Row by row: a whole table takes minutes, and the first rows already tell
+            print("".join(f"{text(one, name, entries[name]):>{width}}"
+                          for _, width, text in columns), flush=True)
+        records.append({**record_of(sampler), "categories": entries})
+        if all(name in entries for name in D.CATEGORIES):   # as in the paper: numeracy is not in it
+            mean = sum(entries[name]["score"] for name in D.CATEGORIES) / len(D.CATEGORIES)
+            records[-1]["mean"] = mean
+            print(f"mean of the six {100 * mean:5.1f}")
+    write_bench(json_path, sheet_path, records, failures)
+    return 0
+
+
+def write_bench(json_path, sheet_path, records, failures):
+    """The records as JSON, one alone or a list of them; and the first sixty failures as a sheet, as
+    a score says how often a model fails, and only a picture how."""
     with D.writing(json_path):
-        json_path.write_text(json.dumps(records if len(records) > 1 else record, indent=1),
+        json_path.write_text(json.dumps(records if len(records) > 1 else records[0], indent=1),
                              encoding="utf-8")
     print(f"wrote {json_path}: every verdict")
     if failures:
@@ -385,13 +426,14 @@ def bench(args):
         with D.writing(sheet_path):
             film_strip(clips, prompts, [(reason, FAULT) for reason in reasons]).save(sheet_path)
         print(f"wrote {sheet_path}: {len(clips)} of {len(failures)} failures, each with its reason")
-    return 0
 
 
 # -----------------------------------------------------------------------------
 # 6. Two systems compared: by the judge, and by people
 # -----------------------------------------------------------------------------
 
+# The paper's study in miniature: pairs of pictures of one prompt, side by side and in random order,
+# two questions, "as good" allowed. The page does the asking and the counting (assets/study.html).
 STUDY = 100                     # pairs on the page at most, the paper's number of prompts
 SIDE = 512                      # pixels of a picture on the page at most
 QUESTIONS = [{"key": "quality", "text": "Which looks better?"},          # the paper's two
@@ -399,13 +441,10 @@ QUESTIONS = [{"key": "quality", "text": "Which looks better?"},          # the p
 
 
 def drawn_pairs(args):
-    """--compare of two checkpoints: both draw the same prompts from the same noise. Returns what
-    `folder_pairs` does."""
-    if args.prompt or args.prompts:
-        prompts = [prompt for prompt in read_prompts(args) for _ in range(args.per_prompt)]
-        asked = {"": (prompts, [args.seed + k for k in range(len(prompts))])}
-    else:
-        asked = bench_prompts(args)
+    """--compare of two checkpoints: both draw the same prompts from the same noise, so that luck
+    is the same on both sides. Returns what `folder_pairs` does."""
+    own = args.prompt or args.prompts                       # of no category, else the benchmark's
+    asked = {"": read_prompts(args)} if own else bench_prompts(args)
     labels = [name for name, (prompts, _) in asked.items() for _ in prompts]
     prompts, seeds = (list(itertools.chain(*part)) for part in zip(*asked.values()))
     both = [Sampler(args, path) for path in args.compare]   # refused, if at all, before any work
@@ -423,13 +462,9 @@ def folder_pairs(args):
     """--compare of two folders of pictures named alike, by whatever system. Captions come from
     either (captions.jsonl, or NAME.txt). Returns clips of A and B (n, F, H, W, 3), prompts, the
     category of each, frames a second."""
-    size, fps = args.size, args.fps or 4.0
-    if size is None:                                        # the first picture's, if not too large
-        first = next((f for f in sorted(Path(args.compare[0]).iterdir())
-                      if f.suffix.lower() in D.PICTURES and f.is_file()), None)
-        size = (64, 64) if first is None else D.size_of(first)
-        size = tuple(max(1, round(side * min(1, SIDE / max(size)))) for side in size)
+    size, fps = args.size or size_of_first(args.compare[0]), args.fps or 4.0
     a, b = (D.Folder(path, size, args.frames, fps) for path in args.compare)
+    # Paired by name, not by order: one system may have failed to draw some. name: (place, caption)
     by_name = [{folder.stem(file): (k, caption) for k, (file, caption) in enumerate(folder.items)}
                for folder in (a, b)]
     names = sorted(by_name[0].keys() & by_name[1].keys())
@@ -441,16 +476,27 @@ def folder_pairs(args):
     prompts = []
     for name in names:
         said = {by_name[side][name][1] for side in (0, 1)} - {""}
-        if len(said) > 1:
+        if len(said) > 1:                                   # two questions have no better answer
             raise ValueError(f"the two folders give '{name}' different captions: {sorted(said)}")
         prompts.append(said.pop() if said else "")
+    # Read at one size, so that nobody votes for the larger picture: (n, F, H, W, 3) each
     clips = [np.stack([folder[by_name[side][name][0]][0] for name in names])
              for side, folder in enumerate((a, b))]
     return *clips, prompts, [""] * len(names), fps
 
 
+def size_of_first(folder):
+    """(height, width) of a folder's first picture, made smaller if it is large: the page holds all
+    of them, and is sent around in one piece."""
+    first = next((f for f in sorted(Path(folder).iterdir())
+                  if f.suffix.lower() in D.PICTURES and f.is_file()), None)
+    size = (64, 64) if first is None else D.size_of(first)
+    return tuple(max(1, round(side * min(1, SIDE / max(size)))) for side in size)
+
+
 def judged(clips, prompts, labels):
-    """True, False, or None where the prompt is no sentence of the shapes world: a list."""
+    """True, False, or None where the prompt is no sentence of the shapes world: a list. labels: the
+    category of each, "" for a prompt of one's own, which is right if all of it is there."""
     answers = []
     for clip, prompt, name in zip(clips, prompts, labels):
         try:
@@ -462,7 +508,8 @@ def judged(clips, prompts, labels):
 
 
 def data_url(clip, fps):
-    """A clip as the text of an <img> source: a PNG, a JPEG where that would be large, a GIF."""
+    """A clip as the text of an <img> source: a PNG, a JPEG where that would be large, a GIF. So the
+    page is one file, which needs no server and can be sent to those who vote."""
     file, images = io.BytesIO(), [Image.fromarray(frame) for frame in clip]
     kind = "gif" if len(clip) > 1 else "png" if max(images[0].size) <= 256 else "jpeg"
     if kind == "gif":
@@ -474,6 +521,7 @@ def data_url(clip, fps):
 
 def study_page(path, clips_a, clips_b, prompts, names, fps):
     """Writes the page on which people vote, pictures inside: the template with one JSON put in."""
+    # Evenly over all prompts, so that every category has its share of the page
     few = np.unique(np.linspace(0, len(prompts) - 1, min(STUDY, len(prompts))).astype(int))
     pairs = [{"key": str(k), "prompt": prompts[k], "a": data_url(clips_a[k], fps),
               "b": data_url(clips_b[k], fps)} for k in few]
@@ -481,15 +529,30 @@ def study_page(path, clips_a, clips_b, prompts, names, fps):
     study = {"id": f"{zlib.crc32(json.dumps(pairs).encode()):08x}", "title": "Which is better?",
              "questions": QUESTIONS, "names": dict(zip("ab", names)), "pairs": pairs}
     page = (HERE / "assets" / "study.html").read_text(encoding="utf-8")
-    # no caption can close the script element
+    # No caption can close the script element ("</script>"), and what it holds is still JSON
     page = page.replace("/*STUDY*/null", json.dumps(study).replace("<", "\\u003c"))
     with D.writing(path):
         path.write_text(page, encoding="utf-8")
     return len(few)
 
 
+def tally(labels, a, b):
+    """The judge's answers on A and B, prompt by prompt -> {category: n, win, draw, lose}, "all" the
+    last. A wins where it is right and B is not; prompts that the judge cannot read do not count."""
+    rows = {}
+    for label in [*dict.fromkeys(labels), "all"]:
+        known = [(x, y) for name, x, y in zip(labels, a, b)
+                 if x is not None and label in (name, "all")]
+        if known and label:                                 # "": prompts of one's own, in all only
+            rows[label] = {"n": len(known), "win": sum(x > y for x, y in known),
+                           "draw": sum(x == y for x, y in known),
+                           "lose": sum(x < y for x, y in known)}
+    return rows
+
+
 def compare(args):
     """--compare A B: per prompt the judge's verdict on both, and a page for people."""
+    # (all that can be refused is refused before anything is drawn, as everywhere in this file)
     page, json_path = D.writable(args.out or "study.html"), D.writable(args.json or "study.json")
     folders = [Path(path).is_dir() for path in args.compare]
     if any(folders) != all(folders):
@@ -497,24 +560,19 @@ def compare(args):
                          f"give two checkpoints, or two folders")
     names = [str(path) for path in args.compare]
     clips_a, clips_b, prompts, labels, fps = (folder_pairs if all(folders) else drawn_pairs)(args)
-    rows = list(zip(labels, judged(clips_a, prompts, labels), judged(clips_b, prompts, labels)))
+    both = [judged(clips, prompts, labels) for clips in (clips_a, clips_b)]
+    rows = tally(labels, *both)
     print(f"A = {names[0]}, B = {names[1]}")
     print(f"{'category':>14}     n    A wins  95 %     draw  95 %     loses  95 %")
-    record = {"a": names[0], "b": names[1], "seed": args.seed, "rows": {}, "verdicts": [
-        {"prompt": prompt, "category": label, "a": a, "b": b}
-        for prompt, (label, a, b) in zip(prompts, rows)]}
-    for label in [*dict.fromkeys(labels), "all"]:
-        known = [(a, b) for name, a, b in rows if a is not None and label in (name, "all")]
-        n = len(known)
-        if not n or label == "":
-            continue
-        counts = [sum(a > b for a, b in known), sum(a == b for a, b in known),
-                  sum(a < b for a, b in known)]
-        record["rows"][label] = {"n": n, "win": counts[0], "draw": counts[1], "lose": counts[2]}
+    for label, row in rows.items():
+        n, *counts = row.values()
         print(f"{label:>14} {n:5d}" + "".join(
             f"    {100 * k / n:5.1f} {percent(*wilson(k, n)):>6}" for k in counts))
-    if "all" not in record["rows"]:
+    if not rows:
         print("no prompt is a sentence of the shapes world: nothing for the judge to read")
+    record = {"a": names[0], "b": names[1], "seed": args.seed, "rows": rows, "verdicts": [
+        {"prompt": prompt, "category": label, "a": a, "b": b}
+        for prompt, label, a, b in zip(prompts, labels, *both)]}
     with D.writing(json_path):
         json_path.write_text(json.dumps(record, indent=1), encoding="utf-8")
     shown_pairs = study_page(page, clips_a, clips_b, prompts, names, fps)
@@ -526,18 +584,23 @@ def compare(args):
 # 7. Looking inside: the steps of a picture, and what its words see
 # -----------------------------------------------------------------------------
 
+# Both draw as always and only listen: what they show is the very picture that `draw` would write.
+
 def strip(sampler, prompts, seeds, moments=12):
     """Each prompt's picture at twelve moments of denoising, and under each the clean picture which
     the network expects at that moment -> an image. The expectation settles from the layout to the
     edges: what is decided at which noise level."""
-    steps = []                                              # (t, z, z0) of every step
+    steps = []                                              # of every batch, (t, z, z0) a step
     sampler(prompts, seeds, on_step=lambda *step: steps.append(step))
-    keep = np.unique(np.linspace(0, len(steps) - 1, moments).astype(int))
+    n = sampler.args.steps
+    keep = np.unique(np.linspace(0, n - 1, moments).astype(int))             # fewer, if n is small
     times = [steps[k][0] for k in keep]
     cells, labels = [], []
     for j, prompt in enumerate(prompts):
+        batch, row = divmod(j, sampler.args.batch_size)
         for what, part in ((prompt, 1), ("expected", 2)):
-            z = torch.stack([steps[k][part][j] for k in keep])               # (12, 1, C, h, w)
+            # After the step, or before it: z has had its noise lowered, z0 was made of what it was
+            z = torch.stack([steps[batch * n + k][part][row] for k in keep])  # (12, 1, C, h, w)
             cells += list(sampler.decode(z))
             note = "after t = " if part == 1 else "at t = "
             labels += [f"{what if k == 0 else ''} {note}{t}" for k, t in enumerate(times)]
@@ -547,6 +610,8 @@ def strip(sampler, prompts, seeds, moments=12):
 def attend(cross, x, k, mask):
     """The weights behind Attention's answer: x (B, T, D), k (B, h, L, D/h), mask bool (B, L) ->
     (B, T, L), mean over heads; 1 in sum over the L words."""
+    # The fused attention never has these weights in memory, which is why it is fast: so they are
+    # computed again, by the book
     q = cross.split(cross.q(x))                                              # (B, h, T, D/h)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                # (B, h, T, L)
     return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(-1).mean(1)
@@ -561,17 +626,20 @@ def attention_maps(sampler, prompt, seed):
         raise ValueError(f"--attention needs a model with cross-attention, {sampler.path} has none")
     if sampler.args.cfg == 0:
         raise ValueError("--attention follows the words, which --cfg 0 leaves out; try --cfg 4")
-    heard = []
+    heard = []                                              # (N, L), step by step, block by block
+
     def listen(cross, inputs, output):
-        x, (k, _), mask = inputs
-        heard.append(attend(cross, x[:1], k[:1], mask[:1])[0])               # row 0: e(text, on)
+        # The batch is guidance's branches: row 0 reads the text, the others ""
+        x, (k, _), mask = inputs                            # (n, N, D), (n, h, L, D/h), (n, L)
+        heard.append(attend(cross, x[:1], k[:1], mask[:1])[0])
+    # Hooks, so that the model needs no line for it and draws as it always does
     reading = model.blocks[::len(encoder.encoders)]         # block k reads encoder k mod K
     hooks = [block.cross.register_forward_hook(listen) for block in reading]
     picture = sampler([prompt], [seed])[0]
     for hook in hooks:
         hook.remove()
     maps = torch.stack(heard).unflatten(0, (-1, len(reading))).mean(1)       # (steps, N, L)
-    p = sampler.vae.down * model.cfg.patch_size
+    p = sampler.vae.down * model.cfg.patch_size             # a token's side in pixels
     grid = [side // p for side in sampler.size]
     words = encoder.encoders[0].spell(prompt)
     return picture, words, maps.transpose(1, 2)[:, :len(words)].unflatten(2, grid)
@@ -588,6 +656,8 @@ def attention_sheet(sampler, prompts, seeds):
         for k, word in enumerate(words):
             for when, part in zip(moments, parts):
                 light = part[:, k].mean(0)                                   # (h, w)
+                # As light as the lightest of its own: "a" would be dark beside "circle", and
+                # where it looks is the question; the number below says how much
                 share, light = light.mean().item(), light / light.max().clamp(min=1e-8)
                 light = F.interpolate(light[None, None], sampler.size, mode="bicubic")[0, 0]
                 light = light.clamp(0.1, 1)[..., None].cpu().numpy()         # (H, W, 1)
@@ -602,7 +672,7 @@ def attention_sheet(sampler, prompts, seeds):
 
 def only_one(args):
     """The flags with one value in place of each list: everything but --bench draws one way."""
-    one = {}
+    one = {}                        # (--bench has `settings` for it)
     for name in ("ckpt", "cfg", "motion", "steps"):
         values = getattr(args, name) or [None]              # no --ckpt: looked for later
         if len(values) > 1:
@@ -615,7 +685,7 @@ def only_one(args):
 def draw(args):
     """Prompts in, pictures out. Everything that can be refused is refused before a step is made."""
     started = time.monotonic()
-    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.per_prompt)]
+    prompts, seeds = read_prompts(args)
     path, folder = output_path(args)
     inside = strip if args.strip else attention_sheet if args.attention else None
     if inside and (args.frames > 1 or folder or path.suffix.lower() != ".png"):
@@ -624,7 +694,6 @@ def draw(args):
     sampler = Sampler(args, args.ckpt or G.find_checkpoint())
     introduce(sampler)
     check_words(sampler.net.text, prompts)
-    seeds = [args.seed + k for k in range(len(prompts))]
     if inside:
         sheet = inside(sampler, prompts, seeds)
         with D.writing(path):
@@ -639,10 +708,10 @@ def draw(args):
 
 
 def main(argv=None):
-    """Command line -> exit code: 0, or 2 for what the user can mend."""
+    """Command line -> exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     try:
-        if args.bench:
+        if args.bench:                                      # for it alone the lists stay lists
             return bench(args)
         return (compare if args.compare else draw)(only_one(args))
     except (ValueError, OSError) as error:
