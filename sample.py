@@ -262,10 +262,12 @@ def output_path(args):
 
 
 def write(clips, prompts, path, folder, fps):
-    """A folder of single files with their captions.jsonl (train.py reads it), or one labelled
-    grid; in a PNG a clip is a film strip, a row a clip. clips: uint8 (n, F, H, W, 3)."""
+    """A folder of single files with their captions.jsonl, or one labelled grid; in a PNG a clip is
+    a film strip, a row a clip. clips: uint8 (n, F, H, W, 3)."""
     frames = clips.shape[1]
-    if folder:                      # bare pictures, numbered: what FID and CLIP-score tools expect
+    if folder:
+        # Bare pictures, numbered, each with the sentence it was drawn for: what tools for FID and
+        # CLIP score expect, and a data folder that train.py can learn from
         names = [f"{k:05d}.{'gif' if frames > 1 else 'png'}" for k in range(len(clips))]
         for name, clip in zip(names, clips):
             images = [Image.fromarray(frame) for frame in clip]
@@ -299,6 +301,9 @@ def film_strip(clips, prompts, notes=None):
 # -----------------------------------------------------------------------------
 # 5. The benchmark
 # -----------------------------------------------------------------------------
+
+# T2I-CompBench's categories (the paper's Table 2), asked and read in our own world: the protocol is
+# theirs, the numbers do not compare.
 
 def wilson(right, n):
     """95 % interval of a share, right of n (Wilson 1927): (low, high), each 0 .. 1."""
@@ -560,6 +565,7 @@ def compare(args):
                          f"give two checkpoints, or two folders")
     names = [str(path) for path in args.compare]
     clips_a, clips_b, prompts, labels, fps = (folder_pairs if all(folders) else drawn_pairs)(args)
+    # For the judge: by category, with intervals, in seconds
     both = [judged(clips, prompts, labels) for clips in (clips_a, clips_b)]
     rows = tally(labels, *both)
     print(f"A = {names[0]}, B = {names[1]}")
@@ -575,6 +581,7 @@ def compare(args):
         for prompt, label, a, b in zip(prompts, labels, *both)]}
     with D.writing(json_path):
         json_path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    # For people, who also see what no judge of ours can: which looks better
     shown_pairs = study_page(page, clips_a, clips_b, prompts, names, fps)
     print(f"wrote {json_path}, and {page} for people: {shown_pairs} pairs, open it in a browser")
     return 0

@@ -844,9 +844,10 @@ def save(out, state, net, ema, optimizer, step, args, dataset, vae):
     if isinstance(vae, G.VAE):                              # (a pretrained one stays a name)
         state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
         shared["vae"] = {"config": vae.config, "weights": half(vae.state_dict())}
-    G.save_checkpoint(out / "ema.pt", {**state, **shared})  # first: a run is done when last.pt is,
+    # ema.pt first: a run is done when last.pt says so, and then nobody would write ema.pt again
+    G.save_checkpoint(out / "ema.pt", {**state, **shared})
     G.save_checkpoint(out / "last.pt", {**state, "weights": weights, "ema": averaged,
-                                        "optimizer": moments})     # and nobody writes ema.pt again
+                                        "optimizer": moments})
 
 
 # -----------------------------------------------------------------------------
@@ -949,8 +950,8 @@ def preview_samples(path, net, vae, dataset, prompts, args):
 class Stop:
     """When to stop early: --minutes, SIGTERM or Ctrl-C. The step is finished and saved first; a
     second Ctrl-C leaves at once."""
-    # A handler that only takes a note: an exception in the middle of a step, or of a save, would
-    # leave weights that no uninterrupted run ever has
+    # The handler only takes a note. An exception could come between weights and averages, and what
+    # is saved then is no step of any run.
     def __init__(self, args):
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
         self.signal = ""
