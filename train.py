@@ -293,6 +293,9 @@ def build(args, dataset, pictures, init):
         if init["config"]["temporal"] and args.stage == "t2i":
             raise ValueError(f"{args.init} is a video model, which --stage t2i cannot train; "
                              f"try --stage t2v")
+        if "ema" not in init:
+            raise ValueError(f"{args.init} holds no EMA weights, which a run starts from; "
+                             f"try its run's ema.pt or last.pt")
         # The parent's sizes, words, schedule and latent space: its weights mean nothing in others
         state = {key: copy.deepcopy(init[key]) for key in ("config", "text", "schedule", "vae")}
         encoder = text_encoder(state["text"], dataset, pictures, args)
