@@ -1584,7 +1584,7 @@ def test_the_learning_rate_rises_and_falls_and_never_asks_how_long():
     args = SimpleNamespace(lr=2e-3, lr_decay=1000)
     rate = [train.learning_rate(step, args) for step in range(4001)]
     assert rate[0] == pytest.approx(2e-3 / 100) and rate[99:1001] == [2e-3] * 902
-    assert rate[4000] == pytest.approx(1e-3)                # four times as many steps, half the rate
+    assert rate[4000] == pytest.approx(1e-3)        # 4 x the steps, half the rate
     args.lr_decay = 0
     assert train.learning_rate(10 ** 6, args) == 2e-3
 
