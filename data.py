@@ -66,10 +66,8 @@ INK = (38, 38, 48)              # what stripes, dots and checks are drawn with, 
 TEXTURES = ("striped", "dotted", "checkered")               # solid is left unsaid
 COUNTS = {"a": 1, "two": 2, "three": 3, "four": 4}
 # Radius of an object. The gaps between the ranges, 2.5 and 3.5 pixels of 64, are what lets the
-# judge tell the sizes apart. Medium is left unsaid.
-SIZES = {"small":  (0.105, 0.115),                          # at 64 pixels: 7 pixels
-         "medium": (0.155, 0.170),                          # 10
-         "large":  (0.225, 0.245)}                          # 15
+# judge tell the sizes apart (7, 10 and 15 pixels of 64). Medium is left unsaid.
+SIZES = {"small": (0.105, 0.115), "medium": (0.155, 0.170), "large": (0.225, 0.245)}
 # (x, y) to go from the second thing to the first; y is down.
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TOUCHING = ("inside", "in front of")    # everywhere else, things keep a distance from each other
@@ -179,16 +177,12 @@ def _pick(rng, options):
 
 def _choose_words(rng, level, frames, pairs):
     """A random Scene without tracks; level, frames and pairs as in `Shapes`."""
-    relation = ""
-    if level == "single":
-        n = 1
-    elif frames > 1:
-        n = 1 + int(rng.random() < 0.4)
-    else:
-        n = 1 + int(rng.random() < 0.6)
-        if n == 2 and rng.random() < 0.6:
-            relation = _pick(rng, RELATIONS if level == "full" else tuple(DIRECTIONS))
-            n += int(level == "full" and rng.random() < 0.25)      # object relation object and ...
+    n, relation = 1, ""
+    if level != "single":
+        n += int(rng.random() < (0.4 if frames > 1 else 0.6))
+    if n == 2 and frames == 1 and rng.random() < 0.6:       # else "and": relations are of pictures
+        relation = _pick(rng, RELATIONS if level == "full" else tuple(DIRECTIONS))
+        n += int(level == "full" and rng.random() < 0.25)   # object relation object and object
     things = []
     while len(things) < n:
         color, shape = _pick(rng, pairs)
@@ -269,18 +263,17 @@ def _propose(rng, scene, owner, placed, high, wide, n=40):
         low, top = 0.130, 0.140                             # a crowd: make room
     if twin is not None:                                    # three circles: all of one size
         low = top = twin[0, 2]
-    start = np.empty((n, 3))                                # x, y, radius
-    start[:, 2] = rng.uniform(low, top, n)
-    start[:, 0] = rng.uniform(0, wide, n)
-    start[:, 1] = rng.uniform(0, high, n)
+    r, x, y = (rng.uniform(*limits, n) for limits in ((low, top), (0, wide), (0, high)))
     # Two things that touch would hardly ever meet by chance: the second is put where the first is
-    if owner == 1 and scene.relation == "inside":           # around it, a pixel off at the most
-        start[:, :2] = placed[0][1][0, :2] + rng.uniform(-0.012, 0.012, (n, 2))
-    if owner == 1 and scene.relation == "in front of":      # half hidden by it, from any side
-        angle = rng.uniform(0, 2 * math.pi, n)
-        reach = (start[:, 2] + placed[0][1][0, 2]) * rng.uniform(0.58, 0.70, n)
-        start[:, 0] = placed[0][1][0, 0] + reach * np.cos(angle)
-        start[:, 1] = placed[0][1][0, 1] + reach * np.sin(angle)
+    if owner == 1 and scene.relation in TOUCHING:
+        x1, y1, r1 = placed[0][1][0]
+        if scene.relation == "inside":                      # around it, a pixel off at the most
+            x, y = ((x1, y1) + rng.uniform(-0.012, 0.012, (n, 2))).T
+        else:                                               # half hidden by it, from any side
+            angle = rng.uniform(0, 2 * math.pi, n)
+            reach = (r + r1) * rng.uniform(0.58, 0.70, n)
+            x, y = x1 + reach * np.cos(angle), y1 + reach * np.sin(angle)
+    start = np.stack([x, y, r], 1)                          # (n, 3)
     end = start.copy()
     if thing.motion in STEPS:
         far = rng.uniform(0.28, 0.48, n)                    # the judge calls 0.15 a motion
@@ -345,8 +338,6 @@ def _hides(front, spot, shape, spots):
 # A shape is a formula, not a bitmap: the sign of `distance` says in or out, and its size, in
 # pixels, how much of a pixel at the edge is covered. The judge uses the very same formulas.
 
-_COS36, _SIN36 = math.cos(math.pi / 5), math.sin(math.pi / 5)
-
 
 def distance(shape, x, y):
     """Signed distance to a shape's outline, negative inside; the shape has radius 1, y is down.
@@ -369,7 +360,7 @@ def distance(shape, x, y):
         angle = np.minimum(angle, 2 * math.pi / 5 - angle)   # 0 at a tip, 36 degrees at a notch
         rho = np.hypot(x, y) / 1.04
         u, v = rho * np.cos(angle), rho * np.sin(angle)      # one edge: tip (1, 0) to a notch
-        nx, ny = 0.46 * _SIN36, 1 - 0.46 * _COS36            # that edge's normal
+        nx, ny = 0.46 * math.sin(math.pi / 5), 1 - 0.46 * math.cos(math.pi / 5)    # its normal
         return ((u - 1) * nx + v * ny) / math.hypot(nx, ny)
     raise ValueError(f"unknown shape '{shape}'")
 
@@ -484,8 +475,8 @@ NAMES = tuple(COLORS)
 SMALL_BELOW = (SIZES["small"][1] + SIZES["medium"][0]) / 2             # 0.135
 LARGE_ABOVE = (SIZES["medium"][1] + SIZES["large"][0]) / 2             # 0.1975
 _PAPER = np.array(GROUND, np.float32)
-_AXES = np.stack([[np.array(c, np.float32) - _PAPER, np.array(INK, np.float32) - _PAPER]
-                  for c in COLORS.values()])                 # (8, 2, 3): paper -> colour, -> ink
+# (8, 2, 3): from paper to each colour, and from paper to ink
+_AXES = np.array([(color, INK) for color in COLORS.values()], np.float32) - _PAPER
 _SOLVE = np.linalg.pinv(_AXES).astype(np.float32)            # (8, 3, 2): least squares, ready made
 
 
@@ -521,9 +512,8 @@ def _unmix(frame):
     color = error.argmin(0)                                                       # (HW,)
     best = parts[color, np.arange(p.shape[1])]                                    # (HW, 2)
     cover = best.sum(-1)
-    shape = frame.shape[:2]
-    return (color.reshape(shape), cover.reshape(shape),
-            (best[:, 1] / np.maximum(cover, 1e-3)).reshape(shape))
+    dark = best[:, 1] / np.maximum(cover, 1e-3)              # blank paper is not dark
+    return tuple(v.reshape(frame.shape[:2]) for v in (color, cover, dark))
 
 
 def _shifted(a, fill):
@@ -619,9 +609,9 @@ def _spots(shape, box, cut):
     if cut:                                                  # six sizes x 3 x 3 places
         least = max((right - left) / (2 * side), (bottom - top) / (up + down))
         for r in least * np.array([0.97, 1.05, 1.15, 1.3, 1.5, 1.8]):
-            x, y = middle(r)
-            spots += [(x, y, r) for x in (left + side * r, x, right - side * r)
-                      for y in (top + up * r, y, bottom - down * r)]
+            mx, my = middle(r)
+            spots += [(x, y, r) for x in (left + side * r, mx, right - side * r)
+                      for y in (top + up * r, my, bottom - down * r)]
     return np.array(spots, np.float32)
 
 
@@ -647,10 +637,10 @@ def _fit(cover, own, hidden=None):
     rim = np.logical_or.reduce(_shifted(own[part], False)) & (cover[part] <= 0.5)
     seen = (cover[part] * (own[part] | rim) * free).astype(np.float32)             # (h, w)
     guesses = []                                                       # (overlap, shape, spot)
-    step = 2 if cut else 1                                   # 55 spots a shape: a quarter will do
+    n = 2 if cut else 1                  # 55 spots a shape: every second pixel will do for these
     for shape in SHAPES:
         spots = _spots(shape, box, cut)
-        scores = _overlap(shape, spots, seen[::step, ::step], free[::step, ::step], corner, step)
+        scores = _overlap(shape, spots, seen[::n, ::n], free[::n, ::n], corner, n)
         guesses += [(scores[k], shape, spots[k]) for k in np.argsort(-scores)[:2]]
     guesses.sort(key=lambda g: -g[0])
     refined = []
@@ -994,7 +984,10 @@ CLIP_CATEGORIES = ("motion", "motion-binding", "stillness", "identity")
 # Two more, for a model of the basic world: "single" is one plain object, "pair" is two ("and" or a
 # direction between them), both drawn from that world; in no mean.
 _ALL = ("color", "shape", "texture", "size", "count", "relation")
-SCORED_ON = {                   # which of a verdict's parts must hold for a prompt of the category
+# Which of a verdict's parts must hold for a prompt of the category: what its name asks about, and
+# "count" always, for an extra object is wrong. "color" does not ask for the shape, nor "shape" for
+# the texture: what a model cannot do should lower one figure, not all of them.
+SCORED_ON = {
     "color": ("color", "count"), "shape": ("shape", "count"),
     "texture": ("color", "texture", "count"),
     "single": ("shape", "count"), "pair": ("shape", "count"),
@@ -1016,31 +1009,35 @@ def prompts(category, n=100, split="seen"):
     "unseen" for HELD_OUT alone.
 
     They come as swap pairs wherever both are allowed ("a red circle and a blue square", then "a
-    blue circle and a red square"): who draws one picture for both is wrong in one of them."""
+    blue circle and a red square"): who draws one picture for both is wrong in one of them.
+    Raises ValueError for an unknown category or split."""
     if category not in SCORED_ON:
         raise ValueError(f"unknown category '{category}'; one of {', '.join(SCORED_ON)}")
     if split not in ("seen", "unseen"):
         raise ValueError(f"unknown split '{split}'; seen or unseen")
     pairs = SEEN_PAIRS if split == "seen" else tuple(sorted(HELD_OUT))
-    rng = np.random.default_rng(zlib.crc32(f"{category} {split}".encode()))   # its own, fixed seed
-    found, misses = [], 0
+    # A seed of its own, fixed: crc32 is the same everywhere, Python's hash() differs in every run
+    rng = np.random.default_rng(zlib.crc32(f"{category} {split}".encode()))
+    found, misses = [], 0                                    # misses in a row
     while len(found) < n:
         for scene in _ask(rng, category, pairs):
             caption = scene.caption()
+            # A swap of colours can make a pair of the other split: that partner is left out
             fine = all((t.color, t.shape) in pairs for t in scene.things)
             if fine and caption not in found and layout(rng, scene):
                 found.append(caption)
                 misses = 0
             else:
                 misses += 1
-        if misses > 1000:                                    # there are no more
+        if misses > 1000:                                    # there are no more: start over
             found += found[:n - len(found)]
     return found[:n]
 
 
 def truth(caption, seed=0, size=(64, 64), frames=1):
-    """A clip that shows the caption, drawn from scratch: uint8 (F, H, W, 3). ValueError if the
-    caption is not a sentence of the world."""
+    """A clip that shows the caption, drawn from scratch: uint8 (F, H, W, 3). Sent through the
+    autoencoder and judged, these are the benchmark's ceiling. ValueError if the caption is not a
+    sentence of the world."""
     scene, rng = parse(caption), np.random.default_rng((seed, zlib.crc32(caption.encode())))
     while not layout(rng, scene, tuple(side / min(size) for side in size)):
         pass                                                 # rare: a crowd that found no place
@@ -1052,41 +1049,37 @@ def _ask(rng, category, pairs):
     if category in ("single", "pair"):                       # as the basic world has them
         scene = _choose_words(rng, "single" if category == "single" else "basic", 1, pairs)
         return [scene] if category == "single" or len(scene.things) == 2 else []
-    pick = lambda options: options[int(rng.integers(len(options)))]
     while True:                                              # three things of three colours
-        (c0, s0), (c1, s1), (c2, s2) = [pick(pairs) for _ in range(3)]
+        (c0, s0), (c1, s1), (c2, s2) = [_pick(rng, pairs) for _ in range(3)]
         if len({c0, c1, c2}) == 3 and (s0 != s1 or category not in ("color", "shape")):
             break                                            # of one shape, a swap changes nothing
     a, b, c = Thing(c0, s0), Thing(c1, s1), Thing(c2, s2)
     if category in ("color", "shape"):                       # colours, or shapes: exchanged
         return [Scene([a, b]), Scene([Thing(c1, s0), Thing(c0, s1)])]
-    if category == "texture":
+    if category == "texture":                                # on one thing, or exchanged by two
         t0, t1 = rng.permutation((*TEXTURES, "solid"))[:2].tolist()
         if rng.random() < 0.3:
             return [Scene([Thing(c0, s0, t)]) for t in (t0, t1) if t != "solid"]
         return [Scene([Thing(c0, s0, u), Thing(c1, s1, v)]) for u, v in ((t0, t1), (t1, t0))]
-    if category == "spatial":
-        relation = pick(tuple(DIRECTIONS))
+    if category in ("spatial", "non-spatial"):               # the things exchange their places
+        relation = _pick(rng, tuple(DIRECTIONS) if category == "spatial" else TOUCHING)
         return [Scene([a, b], relation), Scene([b, a], relation)]
-    if category == "non-spatial":
-        relation = pick(("inside", "in front of"))
-        return [Scene([a, b], relation), Scene([b, a], relation)]
-    if category == "complex":
+    if category == "complex":                                # three things, or two with all words
         if rng.random() < 0.5:
-            return [Scene([a, b, c], pick(RELATIONS))]
+            return [Scene([a, b, c], _pick(rng, RELATIONS))]
         a.size, b.size = rng.permutation(("small", "large")).tolist()
         big = a if a.size == "large" else b                  # no texture on small objects
-        big.texture = pick(TEXTURES)
-        return [Scene([a, b], pick(tuple(DIRECTIONS)))]
+        big.texture = _pick(rng, TEXTURES)
+        return [Scene([a, b], _pick(rng, tuple(DIRECTIONS)))]
     if category == "numeracy":
-        a.count = 2 + int(rng.integers(3))
+        a.count = 2 + int(rng.integers(3))                   # two to four
         if rng.random() < 0.5:
             return [Scene([a])]
-        b.count = 1 + int(rng.integers(5 - a.count))
+        b.count = 1 + int(rng.integers(5 - a.count))         # five in all, as in the world
         return [Scene([a, b])]
-    if category == "motion":
-        a.motion = pick(MOTIONS[:-1])
-        return [Scene([a])]
+    if category == "motion":                                 # any but "staying still"
+        return [Scene([Thing(c0, s0, motion=_pick(rng, MOTIONS[:-1]))])]
+    # motion-binding (which of two does what), stillness, identity (which asks for any motions)
     two = category == "motion-binding" or rng.random() < 0.5
     m0, m1 = (("staying still",) * 2 if category == "stillness" else
               rng.permutation(MOTIONS)[:2].tolist())
@@ -1105,8 +1098,11 @@ VIDEOS = (".mp4", ".mov", ".webm")
 MAX_PIXELS = 70_000_000         # a file that claims more is skipped before it is decoded
 MAX_CAPTION = 1000              # characters
 MAX_LINE = 2 ** 20              # bytes of a line of captions.jsonl
-# Not all that pillow can open: it would hand a PostScript file, whatever its name, to Ghostscript
+# Not all that pillow can open: it would hand a PostScript file, whatever its name, to Ghostscript.
+# A folder may come from anywhere, so the limits above hold for each file, and a bad one is skipped.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+ORIENTATION = 0x0112            # the EXIF tag that says how a camera was held, 1 = upright, to 8
+SIDEWAYS = (5, 6, 7, 8)         # its values under which height and width change places
 
 
 def plain(text):
@@ -1141,6 +1137,7 @@ class Folder:
             try:
                 self._load(file)
             except Exception as error:  # noqa: BLE001 - a broken file can raise anything
+                # Of a library's message the first line, without the folder's name: that is known
                 first = str(error).strip().split("\n")[0].replace(f"{self.root}/", "")
                 self.skipped.append((self._name(file), first or type(error).__name__))
                 continue
@@ -1185,7 +1182,7 @@ class Folder:
         return file.relative_to(self.root).with_suffix("").as_posix()
 
     def _name(self, file):
-        return str(file.relative_to(self.root)) if file.is_relative_to(self.root) else str(file)
+        return str(file.relative_to(self.root))
 
     def _find(self):
         """All files with their captions; sets `how`. Nothing is decoded yet."""
@@ -1193,9 +1190,11 @@ class Folder:
         if listed.is_file():
             self.how = "captions.jsonl"
             return list(self._listed(listed))
+        # Sorted, as systems list a folder in different orders: item i is the same everywhere
         every = sorted(p for p in self.root.rglob("*")
                        if not any(part.startswith(".") for part in p.relative_to(self.root).parts))
         texts = {p.with_suffix("") for p in every if p.suffix == ".txt" and p.is_file()}
+        # A folder is a clip if it has a caption of its own; else it is only a place for files
         clips = [p for p in every if p.is_dir() and p in texts and _pictures_in(p)]
         files = [p for p in every if p.suffix.lower() in PICTURES + VIDEOS and p.is_file()
                  and p.parent not in clips]
@@ -1203,6 +1202,7 @@ class Folder:
             self.how = "a .txt beside each file"
             return [(p, caption) for p in sorted(files + clips)
                     if (caption := self._beside(p)) is not None]
+        # No words anywhere: the name of the topmost folder is the class, however deep the file lies
         deep = {p: p.relative_to(self.root).parts[0] for p in files if p.parent != self.root}
         if deep:
             self.how = "class folders"
@@ -1215,48 +1215,52 @@ class Folder:
         """The caption in NAME.txt, or None (and the reason is noted)."""
         text = file.with_suffix(".txt") if file.is_file() else file.parent / (file.name + ".txt")
         try:
-            with open(text, encoding="utf-8-sig") as f:
-                return " ".join(f.read(4 * MAX_CAPTION).split())
+            with open(text, encoding="utf-8-sig") as f:      # -sig: Windows' editors mark UTF-8
+                return " ".join(f.read(4 * MAX_CAPTION).split())           # never all of a huge one
         except UnicodeDecodeError:
             self.skipped.append((self._name(file), f"{text.name} is not UTF-8 text"))
         except OSError:
             self.skipped.append((self._name(file), "no caption"))
 
     def _listed(self, path):
-        """The (file, caption) pairs of a captions.jsonl, read line by line."""
+        """The (file, caption) pairs of a captions.jsonl, read line by line: it may list millions,
+        or be one line that never ends."""
         root = self.root.resolve()
         with open(path, "rb") as f:
             for number in itertools.count(1):
                 line = f.readline(MAX_LINE)
-                where = f"captions.jsonl line {number}"
                 if not line:
                     return
-                if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    self.skipped.append((where, f"longer than {MAX_LINE:,} bytes"))
-                    while line and not line.endswith(b"\n"):       # the rest of it
-                        line = f.readline(MAX_LINE)
-                    continue
-                if not line.strip():
-                    continue
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                    name, caption = row["file"], row["caption"]
-                    file = self.root / name
-                    inside = file.resolve().is_relative_to(root)
-                    words, there = " ".join(caption.split()), file.is_file() or file.is_dir()
-                    if inside and file.is_dir() and file != self.root:     # a clip: of no links out
-                        inside = all(p.resolve().is_relative_to(root) for p in file.iterdir())
-                except UnicodeDecodeError:
-                    self.skipped.append((where, "not UTF-8 text"))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-                    self.skipped.append((where, 'not {"file": "...", "caption": "..."}'))
-                else:
-                    if Path(name).is_absolute() or not inside:
-                        self.skipped.append((where, f"'{name}' lies outside of the folder"))
-                    elif not there or file == self.root:
-                        self.skipped.append((where, f"no file '{name}'"))
-                    else:
-                        yield file, words
+                    if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                        while line and not line.endswith(b"\n"):           # the rest of it
+                            line = f.readline(MAX_LINE)
+                        raise ValueError(f"longer than {MAX_LINE:,} bytes")
+                    if line.strip():
+                        yield self._row(line, root)
+                except ValueError as error:
+                    self.skipped.append((f"captions.jsonl line {number}", str(error)))
+
+    def _row(self, line, root):
+        """One line of captions.jsonl -> (file, caption); root is the folder, resolved. ValueError
+        says what is wrong with it. Nothing outside of the folder is read, by a link neither."""
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+            name, caption = row["file"], " ".join(row["caption"].split())
+            file = self.root / name
+            inside = file.resolve().is_relative_to(root)
+            if inside and file.is_dir() and file != self.root:     # a clip: of no links out
+                inside = all(p.resolve().is_relative_to(root) for p in file.iterdir())
+            there = file != self.root and (file.is_file() or file.is_dir())
+        except UnicodeDecodeError:
+            raise ValueError("not UTF-8 text") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+            raise ValueError('not {"file": "...", "caption": "..."}') from None
+        if Path(name).is_absolute() or not inside:
+            raise ValueError(f"'{name}' lies outside of the folder")
+        if not there:
+            raise ValueError(f"no file '{name}'")
+        return file, caption
 
     def _load(self, file):
         """Path -> uint8 (F, H, W, 3)."""
@@ -1283,8 +1287,9 @@ def _pictures_in(folder):
 def _sample(stream, frames, fps):
     """From (start in seconds, frame) pairs, `frames` of them: for each k the one on show at
     k / fps, the last held. Decodes no further than it must."""
-    taken, shown = [], None
+    taken, shown = [], None                                  # shown: the frame before `start`
     for start, frame in stream:
+        # 1e-6: a frame that starts at k / fps but for a rounding error is the one on show
         while shown is not None and len(taken) < frames and start > len(taken) / fps + 1e-6:
             taken.append(shown)
         if len(taken) == frames:
@@ -1325,7 +1330,7 @@ def need_av(doing):
 def _video(file, size):
     """The (start, frame) pairs of a video, through PyAV."""
     with need_av("reading").open(str(file)) as container:
-        first = None
+        first = None                                         # a cut video need not begin at 0
         for frame in container.decode(video=0):
             time = float(frame.time or 0)
             first = time if first is None else first
@@ -1333,7 +1338,8 @@ def _video(file, size):
 
 
 def _opened(file):
-    """Image.open, with the size checked before anything is decoded."""
+    """Image.open, with the size checked before anything is decoded: a few kilobytes on the disk can
+    be gigabytes in memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # our limit is below
         try:
@@ -1350,7 +1356,7 @@ def size_of(file):
     """(height, width) of a picture file as it is shown, turned as EXIF says."""
     with _opened(file) as image:
         wide, high = image.size
-        return (wide, high) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (high, wide)
+        return (wide, high) if image.getexif().get(ORIENTATION) in SIDEWAYS else (high, wide)
 
 
 def fit(image, size):
@@ -1362,14 +1368,15 @@ def fit(image, size):
     high, wide = size
     if image.format == "JPEG":               # decode a large JPEG at 1/2, 1/4, 1/8: cheap and exact
         image.draft("RGB", (2 * max(size), 2 * max(size)))
-    turned = image.getexif().get(0x0112, 1)
-    if turned in (5, 6, 7, 8):               # lies on its side: so does the crop
+    turned = image.getexif().get(ORIENTATION, 1)
+    if turned in SIDEWAYS:                   # so does the crop lie
         high, wide = wide, high
     w, h = image.size
     scale = min(w / wide, h / high)          # crop first: what follows sees no more than it needs
     cw, ch = max(1, round(wide * scale)), max(1, round(high * scale))
     x, y = (w - cw) // 2, (h - ch) // 2
     image.load()
+    # RGB before resizing: a palette's numbers have no mean. Turned last, when it is small
     image = _rgb(image.crop((x, y, x + cw, y + ch)))
     image = image.resize((wide, high), Image.LANCZOS, reducing_gap=3.0)
     turns = {2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}      # EXIF -> Image.Transpose
@@ -1382,6 +1389,7 @@ def _rgb(image):
     """Any pillow mode -> RGB; what is transparent lies on white."""
     if image.mode.startswith("I") or image.mode == "F":                # 16 or 32 bits a pixel
         a = np.nan_to_num(np.array(image, np.float32), copy=False)     # in place: it may be large
+        # What is white? pillow opens 16-bit files as 32-bit too: the brightest pixel tells
         top = 65535 if a.max() > 255 else 255 if a.max() > 1 or image.mode != "F" else 1
         if image.mode.startswith("I;16"):
             top = 65535
@@ -1457,26 +1465,7 @@ class Cache:
         if index is None:
             raise ValueError(f"no cache, {path}; make one: python train.py --stage encode")
         try:
-            self.n, self.shape = index["items"], tuple(index["shape"])
-            self.size, self.frames, self.fps = tuple(index["size"]), index["frames"], index["fps"]
-            self.labels, self.vocabulary = index["labels"], index["vocabulary"]
-            self.vae, self.encoders = index["vae"], index["encoders"]
-            self.shard = index["shard"]
-            shards = -(-self.n // self.shard)                # at most a million are looked for
-            missing = shards - sum((self.root / f"{k:05d}.json").is_file()
-                                   for k in range(min(shards, 10 ** 6)))
-            if missing:
-                raise ValueError(f"cache not finished, {path} lacks {missing} shards; run the "
-                                 f"same train.py --stage encode again, it goes on")
-            self.captions, self.where = [], {}               # where: text -> (shard, row)
-            self.offsets = []                                # [shard][encoder][row]
-            for k in range(shards):
-                part = json.loads((self.root / f"{k:05d}.json").read_text(encoding="utf-8"))
-                self.captions += part["captions"]
-                self.offsets.append(part["offsets"])
-                if self.encoders:
-                    for row, text in enumerate(part["texts"]):
-                        self.where.setdefault(text, (k, row))
+            self._read(path, index)
         except (LookupError, TypeError, AttributeError, ArithmeticError, json.JSONDecodeError,
                 UnicodeDecodeError, OSError) as error:
             raise ValueError(f"damaged cache, {path} ({error!r:.80}); encode again") from None
@@ -1492,6 +1481,29 @@ class Cache:
         # A cache of millions has more files than a process may hold open: the last used stay
         self.open = lru_cache(maxsize=256)(self._open)
 
+    def _read(self, path, index):
+        """Sets all fields, from index.json and the shards' own; arrays are not opened yet."""
+        self.n, self.shape = index["items"], tuple(index["shape"])         # shape: (F, C, h, w)
+        self.size, self.frames, self.fps = tuple(index["size"]), index["frames"], index["fps"]
+        self.labels, self.vocabulary = index["labels"], index["vocabulary"]
+        self.vae, self.encoders = index["vae"], index["encoders"]
+        self.shard = index["shard"]
+        shards = -(-self.n // self.shard)                    # rounded up
+        missing = shards - sum((self.root / f"{k:05d}.json").is_file()
+                               for k in range(min(shards, 10 ** 6)))       # a wild number: no more
+        if missing:
+            raise ValueError(f"cache not finished, {path} lacks {missing} shards; run the "
+                             f"same train.py --stage encode again, it goes on")
+        self.captions, self.where = [], {}                   # where: text -> (shard, row)
+        self.offsets = []                                    # [shard][encoder][row]
+        for k in range(shards):
+            part = json.loads((self.root / f"{k:05d}.json").read_text(encoding="utf-8"))
+            self.captions += part["captions"]
+            self.offsets.append(part["offsets"])
+            if self.encoders:                                # a text may stand in several shards
+                for row, text in enumerate(part["texts"]):
+                    self.where.setdefault(text, (k, row))
+
     def __len__(self):
         return self.n
 
@@ -1506,7 +1518,7 @@ class Cache:
         places = np.asarray(places)
         latents = np.empty((len(places), *self.shape), np.float16)
         order = np.argsort(places)                           # read forwards, file by file
-        shards = places[order] // self.shard
+        shards = places[order] // self.shard                 # (B,)
         for k in np.unique(shards):
             mine = order[shards == k]
             latents[mine] = self.open(int(k), "latents")[places[mine] % self.shard]
@@ -1558,17 +1570,19 @@ def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):
     columns = max(1, min(columns, len(clips)))
     h, w = clips[0].shape[1:3]
     tall = round(cell * h / w)
+    # For each picture its lines of text: (string, font, color)
     lines = [[(line, font, "#222222") for line in _wrap(caption, font, cell)]
              + [(line, small, note[1]) for line in (_wrap(note[0], small, cell) if note else [])]
              for caption, note in zip(captions, notes)]
     rows = [range(k, min(k + columns, len(clips))) for k in range(0, len(clips), columns)]
-    text = [15 * max(len(lines[k]) for k in row) + 6 for row in rows]  # as high as its text
+    text = [15 * max(len(lines[k]) for k in row) + 6 for row in rows]  # pixels under each row
     height = gap + sum(tall + room + gap for room in text)
     sheet = Image.new("RGB", (gap + columns * (cell + gap), height), "white")
     pen, y = ImageDraw.Draw(sheet), gap
-    for row, room in zip(rows, text):
+    for row, room in zip(rows, text):                        # y grows by a row, x by a picture
         for x, k in zip(range(gap, sheet.width, cell + gap), row):
             picture = Image.fromarray(clips[k][min(frame, len(clips[k]) - 1)])
+            # At a whole multiple every pixel stays a square, to be looked at as it is
             enlarge = Image.NEAREST if cell % w == 0 and cell > w else Image.LANCZOS
             sheet.paste(picture.resize((cell, tall), enlarge), (x, y))
             edge, width = (notes[k][1], 2) if notes[k] else ("#d8d8d8", 1)
@@ -1596,6 +1610,7 @@ def _wrap(text, font, width, most=5):
 def save_gif(path, images, fps=4):
     """Writes PIL images as a GIF that loops for ever, `fps` images a second."""
     # One palette, that of all the images together: colours then do not flicker between frames.
+    # No dithering, for its dots would.
     strip = Image.new("RGB", (images[0].width, images[0].height * len(images)))
     for k, image in enumerate(images):
         strip.paste(image, (0, k * image.height))
@@ -1629,7 +1644,8 @@ def save_mp4(path, images, fps=4):
 # -----------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` from low (with above: more than low) to high."""
+    """An argparse type: a finite number of `kind` from low (with above: more than low) to high.
+    float("nan") and float("inf") are numbers to Python, and would only be noticed much later."""
     def read(text):
         try:
             value = kind(text)
@@ -1662,7 +1678,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def writable(path):
-    """Path of a file to be written, its folder made; if it cannot be: ValueError, at once."""
+    """Path of a file to be written, its folder made; if it cannot be: ValueError, at once and not
+    after hours of work."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -1685,20 +1702,18 @@ def writing(path, *temporary):
 
 def parser():
     """Every flag."""
+    # No abbreviations: a flag that is added later could change what an old command means
     p = Parser(description="Look at the dataset: a sheet of it, captions below.",
                allow_abbrev=False)
-    p.add_argument("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
-    p.add_argument("--data", default="shapes", help="'shapes' or a folder of yours")
-    p.add_argument("--world", default="full", choices=("basic", "full"),
-                   help="how much of the world")
-    p.add_argument("--frames", type=number(int, 1, 1024), default=1,
-                   help="frames a clip; 1 = pictures")
-    p.add_argument("--fps", type=number(float, 0.01, 1000), default=4,
-                   help="frames a second")
-    p.add_argument("--size", type=picture_size, default=(64, 64), metavar="H[xW]",
-                   help="in pixels (64)")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
-    p.add_argument("--n", type=number(int, 1, 1000), default=24, help="how many items to show (24)")
+    add = p.add_argument
+    add("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
+    add("--data", default="shapes", help="'shapes' or a folder of yours")
+    add("--world", default="full", choices=("basic", "full"), help="how much of the world")
+    add("--frames", type=number(int, 1, 1024), default=1, help="frames a clip; 1 = pictures")
+    add("--fps", type=number(float, 0.01, 1000), default=4, help="frames a second")
+    add("--size", type=picture_size, default=(64, 64), metavar="H[xW]", help="in pixels (64)")
+    add("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
+    add("--n", type=number(int, 1, 1000), default=24, help="how many items to show (24)")
     return p
 
 
@@ -1708,8 +1723,8 @@ def main(argv=None):
     try:
         out = writable(args.preview)
         if out.suffix.lower() not in (".png", ".gif"):
-            better = out.with_suffix(".png")
-            raise ValueError(f"cannot write '{out.suffix}' files, {out}; try {better}")
+            raise ValueError(f"cannot write '{out.suffix}' files, {out}; "
+                             f"try {out.with_suffix('.png')}")
         if cache_index(args.data):
             raise ValueError(f"nothing to look at, {args.data} holds latents; try the folder that "
                              f"they were made of")
