@@ -168,8 +168,8 @@ def parse(caption):
 # 2. The shapes world: choosing a scene
 # -----------------------------------------------------------------------------
 #
-# Words first, places after. Every number comes from one generator, in a fixed order: an additional
-# draw, or two exchanged, changes all pictures of all seeds, and so every figure that was measured.
+# Words first, places after. Every number comes from one generator, in a fixed order: one more draw,
+# or two exchanged, changes all pictures of all seeds, and so every figure measured on them.
 
 def _pick(rng, options):
     return options[int(rng.integers(len(options)))]
@@ -204,8 +204,8 @@ def _adorn(rng, things, k, relation):
     thing, touches = things[k], relation in TOUCHING and k < 2
     # (a clip has no counts: what moves needs the room)
     if not touches and not thing.motion and rng.random() < 0.3:
-        room = 5 - sum(t.count for t in things)             # at most five instances in a picture
-        thing.count += int(rng.integers(min(3, room) + 1))
+        more = min(3, 5 - sum(t.count for t in things))     # at most five instances in a picture
+        thing.count += int(rng.integers(more + 1))
     if touches:                                             # small inside, large around or behind
         sizes = ("large",) if k == 1 else ("small",) if relation == "inside" else ()
     elif thing.motion in ("growing", "shrinking"):
@@ -560,9 +560,8 @@ def _thick(mask):
 
 
 def _label(color, cover, dark):
-    """[(blob (H, W) bool, label (H, W) int: the colour of each pixel, -1 = none), ...]"""
+    """Yields each blob, bool (H, W), and label, int (H, W): its pixels' colours, -1 = none."""
     unit = min(cover.shape)
-    found = []
     solid = cover > 0.5
     raw = np.where(solid & (dark < 0.5), color, -1)          # under ink, the colour is a guess
     for blob in _blobs(solid):
@@ -577,8 +576,7 @@ def _label(color, cover, dark):
             if own.sum() >= 0.0025 * unit * unit:            # 10 pixels: a colour of its own
                 core[own] = c
         # What was thin goes to its neighbours; a blob that is thin all over stays as it was
-        found.append((blob, _grow(core if (core >= 0).any() else label, blob)))
-    return found
+        yield blob, _grow(core if (core >= 0).any() else label, blob)
 
 
 def _overlap(shape, spots, cover, free, corner=(0, 0), stride=1):
@@ -1024,11 +1022,10 @@ def prompts(category, n=100, split="seen"):
             caption = scene.caption()
             # A swap of colours can make a pair of the other split: that partner is left out
             fine = all((t.color, t.shape) in pairs for t in scene.things)
+            misses += 1
             if fine and caption not in found and layout(rng, scene):
                 found.append(caption)
                 misses = 0
-            else:
-                misses += 1
         if misses > 1000:                                    # there are no more: start over
             found += found[:n - len(found)]
     return found[:n]
@@ -1243,7 +1240,7 @@ class Folder:
 
     def _row(self, line, root):
         """One line of captions.jsonl -> (file, caption); root is the folder, resolved. ValueError
-        says what is wrong with it. Nothing outside of the folder is read, by a link neither."""
+        says what is wrong with it. Nothing outside of the folder is read, not even by a link."""
         try:
             row = json.loads(line.decode("utf-8-sig"))
             name, caption = row["file"], " ".join(row["caption"].split())
@@ -1369,7 +1366,7 @@ def fit(image, size):
     if image.format == "JPEG":               # decode a large JPEG at 1/2, 1/4, 1/8: cheap and exact
         image.draft("RGB", (2 * max(size), 2 * max(size)))
     turned = image.getexif().get(ORIENTATION, 1)
-    if turned in SIDEWAYS:                   # so does the crop lie
+    if turned in SIDEWAYS:                   # the crop then lies on its side too
         high, wide = wide, high
     w, h = image.size
     scale = min(w / wide, h / high)          # crop first: what follows sees no more than it needs
@@ -1649,10 +1646,10 @@ def number(kind, low, high=math.inf, above=False):
     def read(text):
         try:
             value = kind(text)
-            math.isfinite(value)                             # overflows on 400 digits
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not (low < value <= high or (value == low and not above)) or not math.isfinite(value):
+            good = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        except (ValueError, OverflowError):                  # no number; an int of 400 digits
+            good = False
+        if not good:
             word = "whole number" if kind is int else "number"
             bounds = f"{'above' if above else 'from'} {low}"
             bounds += f" to {high}" if high < math.inf else ""
