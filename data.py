@@ -18,6 +18,18 @@ The world's grammar, all of it:
   picture = object | object and object | object RELATION object | object RELATION object and object
   clip    = object MOTION [and object MOTION]
   object  = COUNT [SIZE] [TEXTURE] COLOR SHAPE            "two small striped red circles"
+
+The way of a caption through this file, and back:
+
+  Scene       what is said     things, and how the first two are related          sections 1, 2
+  tracks      where it is      (instances, 2, 3): x, y, radius at start and end   `layout`
+  clip        what is shown    uint8 (F, H, W, 3)                                 `draw`
+  [Seen, ...] what is found    objects in one frame, whatever was asked           `read`
+  Verdict     is it what was asked, and if not, why                               `judge`
+
+Shapes: F frames, H W height and width in pixels. Lengths of the world are in units of a picture's
+shorter side, x to the right, y *down*: one scene can be drawn at any size. Nothing here is learned.
+OURS: all of the world; the paper trains on internal pictures and clips and judges by T2I-CompBench.
 """
 
 import argparse
@@ -53,18 +65,20 @@ GROUND = (247, 245, 240)        # off-white
 INK = (38, 38, 48)              # what stripes, dots and checks are drawn with, on every colour
 TEXTURES = ("striped", "dotted", "checkered")               # solid is left unsaid
 COUNTS = {"a": 1, "two": 2, "three": 3, "four": 4}
-# Radius of an object, in units of the picture's shorter side; the gaps between the ranges are what
-# lets the judge tell the sizes apart. Medium is left unsaid.
+# Radius of an object. The gaps between the ranges, 2.5 and 3.5 pixels of 64, are what lets the
+# judge tell the sizes apart (7, 10 and 15 pixels of 64). Medium is left unsaid.
 SIZES = {"small": (0.105, 0.115), "medium": (0.155, 0.170), "large": (0.225, 0.245)}
 # (x, y) to go from the second thing to the first; y is down.
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-RELATIONS = (*DIRECTIONS, "inside", "in front of")
+TOUCHING = ("inside", "in front of")    # everywhere else, things keep a distance from each other
+RELATIONS = (*DIRECTIONS, *TOUCHING)
 STEPS = {"moving left": (-1, 0), "moving right": (1, 0),
          "moving up": (0, -1), "moving down": (0, 1)}
 MOTIONS = (*STEPS, "growing", "shrinking", "staying still")
 
 # Eight colour-shape pairs never occur in training, though each of their words does: drawing them
-# is the test that a model composes words and does not recall pictures.
+# is the test that a model composes words and does not recall pictures. Each colour lacks one shape,
+# and each shape a colour or two, so that no word stands out as the rare one.
 HELD_OUT = frozenset({("red", "cross"), ("green", "ring"), ("blue", "triangle"),
                       ("yellow", "star"), ("purple", "square"), ("orange", "circle"),
                       ("pink", "cross"), ("cyan", "star")})
@@ -92,18 +106,17 @@ class Thing:
     shape: str
     texture: str = "solid"
     size: str = "medium"
-    count: int = 1
-    motion: str = ""
+    count: int = 1                       # so many instances, alike in everything but their place
+    motion: str = ""                     # one of MOTIONS in a clip, "" in a picture
 
     def words(self):
-        number = next(w for w, n in COUNTS.items() if n == self.count)
-        parts = [number, self.size if self.size != "medium" else "",
-                 self.texture if self.texture != "solid" else "", self.color,
-                 self.shape if self.count == 1 else plural(self.shape), self.motion]
-        parts = [p for p in parts if p]
-        if parts[0] == "a" and parts[1][0] in "aeiou":          # an orange circle
-            parts[0] = "an"
-        return " ".join(parts)
+        number = next(word for word, n in COUNTS.items() if n == self.count)
+        noun = self.shape if self.count == 1 else plural(self.shape)
+        words = (number, self.size, self.texture, self.color, noun, self.motion)
+        first, *rest = [word for word in words if word not in ("medium", "solid", "")]
+        if first == "a" and rest[0][0] in "aeiou":          # an orange circle
+            first = "an"
+        return " ".join([first, *rest])
 
 
 @dataclass
@@ -129,21 +142,23 @@ class Scene:
         return [k for k, thing in enumerate(self.things) for _ in range(thing.count)]
 
 
+# Six groups an object, as in Thing; the relation is a group between the first object and the second
 _OBJECT = (rf"(an?|two|three|four)(?: (small|large))?(?: ({'|'.join(TEXTURES)}))? "
            rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?:e?s)?(?: ({'|'.join(MOTIONS)}))?")
 _CAPTION = re.compile(rf"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})?(?: and {_OBJECT})?$")
 
 
 def parse(caption):
-    """Caption -> Scene without tracks, the inverse of `Scene.caption`.
+    """Caption -> Scene without tracks, the inverse of `Scene.caption`. Capitals, commas, full stops
+    and extra spaces are forgiven, as is a plural's ending.
 
     Raises ValueError for a sentence that is not of the world's grammar."""
     match = _CAPTION.match(" ".join(caption.lower().replace(",", " ").replace(".", " ").split()))
     if not match:
         raise ValueError(f"'{caption}' is not a sentence of the shapes world")
-    groups = match.groups()
+    groups = match.groups()                                 # 6 + 1 + 6 + 6
     things = [Thing(color, shape, texture or "solid", size or "medium",
-                    COUNTS["a" if count == "an" else count], motion or "")
+                    COUNTS.get(count, 1), motion or "")     # "an" is "a"
               for count, size, texture, color, shape, motion
               in (groups[0:6], groups[7:13], groups[13:19]) if count]
     return Scene(things, groups[6] or "")
@@ -152,62 +167,57 @@ def parse(caption):
 # -----------------------------------------------------------------------------
 # 2. The shapes world: choosing a scene
 # -----------------------------------------------------------------------------
+#
+# Words first, places after. Every number comes from one generator, in a fixed order: one more draw,
+# or two exchanged, changes all pictures of all seeds, and so every figure measured on them.
 
-def choose(rng, level="full", frames=1, pairs=SEEN_PAIRS, aspect=(1.0, 1.0)):
-    """A random scene of the world, laid out. `rng` is a numpy Generator.
-
-    level: "single" (one plain object), "basic" (one or two plain objects, and, four relations)
-    or "full" (everything). frames > 1 gives a clip: every thing moves. pairs: the (color, shape)
-    pairs that may be used; aspect: as in `layout`.
-    """
-    while True:                             # a few crowded choices have no layout: choose again
-        scene = _choose_words(rng, level, frames, pairs)
-        if layout(rng, scene, aspect):
-            return scene
+def _pick(rng, options):
+    return options[int(rng.integers(len(options)))]
 
 
 def _choose_words(rng, level, frames, pairs):
-    pick = lambda options: options[int(rng.integers(len(options)))]
-    full = level == "full"
-    relation = ""
-    if level == "single":
-        n = 1
-    elif frames > 1:
-        n = 1 + int(rng.random() < 0.4)
-    else:
-        n = 1 + int(rng.random() < 0.6)
-        if n == 2 and rng.random() < 0.6:
-            relation = pick(RELATIONS if full else tuple(DIRECTIONS))
-            n += int(full and rng.random() < 0.25)          # object relation object and object
+    """A random Scene without tracks; level, frames and pairs as in `Shapes`."""
+    n, relation = 1, ""
+    if level != "single":
+        n += int(rng.random() < (0.4 if frames > 1 else 0.6))
+    if n == 2 and frames == 1 and rng.random() < 0.6:       # else "and": relations are of pictures
+        relation = _pick(rng, RELATIONS if level == "full" else tuple(DIRECTIONS))
+        n += int(level == "full" and rng.random() < 0.25)   # object relation object and object
     things = []
     while len(things) < n:
-        color, shape = pick(pairs)
+        color, shape = _pick(rng, pairs)
         if any((color, shape) == (t.color, t.shape) for t in things):
             continue                                        # "a red circle and a red circle"
-        if relation in ("inside", "in front of") and len(things) == 1 and color == things[0].color:
-            continue                                        # they touch: colours tell them apart
+        if relation in TOUCHING and len(things) == 1 and color == things[0].color:
+            continue                                        # one blob of red: no edge between them
         things.append(Thing(color, shape))
     for k, thing in enumerate(things):
         if frames > 1:
-            thing.motion = pick(MOTIONS)
-        if not full:
-            continue
-        related = relation in ("inside", "in front of") and k < 2
-        if not related and frames == 1 and rng.random() < 0.3:
-            room = 5 - sum(t.count for t in things)         # at most five instances in a picture
-            thing.count += int(rng.integers(0, min(3, room) + 1)) if room > 0 else 0
-        if related:                                         # small inside, large around
-            sizes = ("small",) if relation == "inside" and k == 0 else ("large",) if k else ()
-        elif thing.motion in ("growing", "shrinking"):
-            sizes = ()
-        else:
-            sizes = ("small", "large") if thing.count == 1 else ("small",)
-        if sizes and rng.random() < 0.35:
-            thing.size = pick(sizes)
-        tiny = thing.size == "small" or (relation == "inside" and k == 0)
-        if not tiny and rng.random() < 0.35:
-            thing.texture = pick(TEXTURES)
+            thing.motion = _pick(rng, MOTIONS)
+        if level == "full":
+            _adorn(rng, things, k, relation)
     return Scene(things, relation)
+
+
+def _adorn(rng, things, k, relation):
+    """Gives things[k] a count, a size and a texture, or leaves each unsaid."""
+    thing, touches = things[k], relation in TOUCHING and k < 2
+    # (a clip has no counts: what moves needs the room)
+    if not touches and not thing.motion and rng.random() < 0.3:
+        more = min(3, 5 - sum(t.count for t in things))     # at most five instances in a picture
+        thing.count += int(rng.integers(more + 1))
+    if touches:                                             # small inside, large around or behind
+        sizes = ("large",) if k == 1 else ("small",) if relation == "inside" else ()
+    elif thing.motion in ("growing", "shrinking"):
+        sizes = ()                                          # it has more than one
+    else:
+        sizes = ("small", "large") if thing.count == 1 else ("small",)     # room for all
+    if sizes and rng.random() < 0.35:
+        thing.size = _pick(rng, sizes)
+    # On something small a stripe would be 2.5 pixels of 64: too few to tell the patterns apart
+    tiny = thing.size == "small" or (relation == "inside" and k == 0)
+    if not tiny and rng.random() < 0.35:
+        thing.texture = _pick(rng, TEXTURES)
 
 
 # The circle around a shape of radius 1, corners included.
@@ -220,6 +230,9 @@ def layout(rng, scene, aspect=(1.0, 1.0)):
     Nothing is clipped by the border, nothing touches (but under "inside" and "in front of"),
     relations hold by a clear margin, moving things cover at least a quarter of the picture.
     aspect: (height, width) of the picture in units of its shorter side.
+
+    By rejection: one instance after the other takes the first of 40 random places that is free. No
+    search, no forces; crowds that lock each other out are thrown away, and tried again 40 times.
     """
     high, wide = aspect
     owners = scene.owners()
@@ -227,66 +240,68 @@ def layout(rng, scene, aspect=(1.0, 1.0)):
         placed = []                                         # [(owner, track (2, 3)), ...]
         for owner in owners:
             # 40 candidate tracks at once; the first that fits with what is there is taken
-            tracks = _propose(rng, scene, owner, placed, high, wide)
-            good = _fits(scene, owner, tracks, placed, high, wide)
+            tracks = _propose(rng, scene, owner, placed, high, wide)       # (40, 2, 3)
+            good = _fits(scene, owner, tracks, placed, high, wide)         # (40,)
             if not good.any():
                 break
             placed.append((owner, tracks[int(np.argmax(good))]))
         if len(placed) == len(owners):
-            scene.tracks = np.stack([track for _, track in placed])
+            scene.tracks = np.stack([track for _, track in placed])        # (instances, 2, 3)
             return True
     return False
 
 
 def _propose(rng, scene, owner, placed, high, wide, n=40):
-    """(n, 2, 3) candidate tracks for one instance of things[owner]."""
+    """(n, 2, 3) candidate tracks for one instance of things[owner]: right in size, in motion and,
+    where things touch, roughly in place. Whether they are free is the question of `_fits`."""
     thing = scene.things[owner]
+    twin = next((track for other, track in placed if other == owner), None)   # of the same thing
     low, top = SIZES[thing.size]
-    if scene.relation == "inside" and owner < 2:            # a small thing in the middle of a large
+    if scene.relation == "inside" and owner < 2:            # whatever size is said: it must fit in
         low, top = (0.095, 0.102) if owner == 0 else (0.245, 0.260)
     elif thing.size == "medium" and sum(t.count for t in scene.things) > 3:
         low, top = 0.130, 0.140                             # a crowd: make room
-    if any(o == owner for o, _ in placed):                  # three circles: all of one size
-        low = top = next(t[0, 2] for o, t in placed if o == owner)
-    start = np.empty((n, 3))
-    start[:, 2] = rng.uniform(low, top, n)
-    start[:, 0] = rng.uniform(0, wide, n)
-    start[:, 1] = rng.uniform(0, high, n)
-    if owner == 1 and scene.relation == "inside":           # around what is there already
-        start[:, :2] = placed[0][1][0, :2] + rng.uniform(-0.012, 0.012, (n, 2))
-    if owner == 1 and scene.relation == "in front of":      # half hidden, from any side
-        angle = rng.uniform(0, 2 * math.pi, n)
-        reach = (start[:, 2] + placed[0][1][0, 2]) * rng.uniform(0.58, 0.70, n)
-        start[:, 0] = placed[0][1][0, 0] + reach * np.cos(angle)
-        start[:, 1] = placed[0][1][0, 1] + reach * np.sin(angle)
+    if twin is not None:                                    # three circles: all of one size
+        low = top = twin[0, 2]
+    r, x, y = (rng.uniform(*limits, n) for limits in ((low, top), (0, wide), (0, high)))
+    # Two things that touch would hardly ever meet by chance: the second is put where the first is
+    if owner == 1 and scene.relation in TOUCHING:
+        x1, y1, r1 = placed[0][1][0]
+        if scene.relation == "inside":                      # around it, a pixel off at the most
+            x, y = ((x1, y1) + rng.uniform(-0.012, 0.012, (n, 2))).T
+        else:                                               # half hidden by it, from any side
+            angle = rng.uniform(0, 2 * math.pi, n)
+            reach = (r + r1) * rng.uniform(0.58, 0.70, n)
+            x, y = x1 + reach * np.cos(angle), y1 + reach * np.sin(angle)
+    start = np.stack([x, y, r], 1)                          # (n, 3)
     end = start.copy()
     if thing.motion in STEPS:
-        far = rng.uniform(0.28, 0.48, n)
-        if any(o == owner for o, _ in placed):              # several instances move as one
-            first = next(t for o, t in placed if o == owner)
-            far = np.full(n, np.abs(first[1] - first[0])[:2].sum())
+        far = rng.uniform(0.28, 0.48, n)                    # the judge calls 0.15 a motion
+        if twin is not None:                                # several instances move as one
+            far = np.full(n, np.abs(twin[1] - twin[0])[:2].sum())
         end[:, :2] += far[:, None] * np.array(STEPS[thing.motion])
-    if thing.motion in ("growing", "shrinking"):
+    if thing.motion in ("growing", "shrinking"):            # from small to large: about twofold
         start[:, 2], end[:, 2] = rng.uniform(0.095, 0.115, n), rng.uniform(0.200, 0.235, n)
-        if thing.motion == "shrinking":
-            start, end = end, start
-            start[:, :2] = end[:, :2]
+    if thing.motion == "shrinking":
+        start, end = end, start
     return np.stack([start, end], 1)
 
 
 def _fits(scene, owner, tracks, placed, high, wide):
     """bool (n,): which candidate tracks of things[owner] respect the border and the others."""
     edge, thing = 0.02, scene.things[owner]
+    # Seven moments of a clip (two that cross may be apart at both ends), the only one of a picture
     u = np.linspace(0, 1, 7 if scene.things[0].motion else 1)[None, :, None]
-    path = tracks[:, :1] * (1 - u) + tracks[:, 1:] * u      # (n, 7, 3): each track at seven moments
-    x, y, r = path[..., 0], path[..., 1], path[..., 2]
+    path = tracks[:, :1] * (1 - u) + tracks[:, 1:] * u      # (n, 7, 3)
+    x, y, r = path[..., 0], path[..., 1], path[..., 2]      # (n, 7) each
     good = ((x > r + edge) & (x < wide - r - edge) & (y > r + edge) & (y < high - r - edge)).all(1)
     for other, track in placed:
         there = track[:1] * (1 - u[0]) + track[1:] * u[0]   # (7, 3)
-        dx, dy = x - there[:, 0], y - there[:, 1]
+        dx, dy = x - there[:, 0], y - there[:, 1]           # (n, 7)
         related = bool(scene.relation) and {owner, other} == {0, 1}
-        if not (related and scene.relation in ("inside", "in front of")):
-            # shapes are apart if their boxes are, or else the circles drawn around them
+        if not (related and scene.relation in TOUCHING):
+            # Shapes are apart if their boxes are, or else the circles drawn around them; by two
+            # pixels of 64, so that a little blur does not melt them into one blob
             round_ = OUTER[thing.shape] * r + OUTER[scene.things[other].shape] * there[:, 2]
             boxes = np.maximum(abs(dx), abs(dy)) > r + there[:, 2] + 0.03
             good &= (boxes | (np.hypot(dx, dy) > round_ + 0.03)).all(1)
@@ -296,61 +311,73 @@ def _fits(scene, owner, tracks, placed, high, wide):
             ax, ay = DIRECTIONS[scene.relation]
             sign = 1 if owner == 0 else -1                  # things[0] is RELATION things[1]
             along, across = sign * (dx * ax + dy * ay), abs(dx * ay) + abs(dy * ax)
+            # Nobody should argue about a diagonal: 1.35 is within 36 degrees of the axis. The
+            # judge itself asks for less (45), so that a good model is not failed by a pixel.
             good &= ((along > 0.22) & (along > 1.35 * across)).all(1)
     return good
 
 
 def _hides(front, spot, shape, spots):
-    """bool (n,): does `front` at (x, y, radius) hide a clear part of `shape` at each of n spots?"""
+    """bool (n,): does `front` at (x, y, radius) hide a clear part of `shape` at each of n spots?
+
+    Counted on 24 x 24 points: only the shapes say how much is hidden (a ring hides little)."""
     grid = np.linspace(-1, 1, 24)                            # points of the shape behind
     gx, gy = grid[None, None, :], grid[None, :, None]        # (1, 1, 24), (1, 24, 1)
     x, y, r = (spots[:, k, None, None] for k in range(3))    # (n, 1, 1)
     body = distance(shape, gx, gy) < 0                       # (1, 24, 24)
     over = distance(front, (x + r * gx - spot[0]) / spot[2], (y + r * gy - spot[1]) / spot[2]) < 0
-    share = (over & body).sum((1, 2)) / body.sum()
+    share = (over & body).sum((1, 2)) / body.sum()           # (n,)
+    # Below, nobody sees that it is in front; above, nobody sees what it is in front of
     return (share > 0.12) & (share < 0.45)
 
 
 # -----------------------------------------------------------------------------
 # 3. The shapes world: drawing
 # -----------------------------------------------------------------------------
-
-_COS36, _SIN36 = math.cos(math.pi / 5), math.sin(math.pi / 5)
+#
+# A shape is a formula, not a bitmap: the sign of `distance` says in or out, and its size, in
+# pixels, how much of a pixel at the edge is covered. The judge uses the very same formulas.
 
 
 def distance(shape, x, y):
-    """Signed distance to a shape's outline, negative inside; the shape has radius 1, y is down."""
+    """Signed distance to a shape's outline, negative inside; the shape has radius 1, y is down.
+
+    x and y broadcast: (1, W) and (H, 1) give (H, W). Outside of a corner it is the distance to the
+    nearer edge's line, which is less than that to the corner: corners stay sharp."""
     if shape == "circle":
         return np.hypot(x, y) - 1
-    if shape == "square":
+    if shape == "square":                                    # 0.86: its area is nearer the circle's
         return np.maximum(abs(x), abs(y)) - 0.86
     if shape == "triangle":                                  # corners (0, -1), (-+0.95, 0.8)
         return np.maximum(y - 0.8, (1.8 * abs(x) - 0.95 * (y + 1)) / 2.035)
-    if shape == "cross":
+    if shape == "cross":                                     # two bars: in either is in
         a, b = abs(x), abs(y)
         return np.minimum(np.maximum(a - 0.33, b - 0.95), np.maximum(a - 0.95, b - 0.33))
-    if shape == "ring":
+    if shape == "ring":                                      # a band of 0.48 about radius 0.76
         return abs(np.hypot(x, y) - 0.76) - 0.24
     if shape == "star":                                      # the plane folded to a tenth of it
         angle = np.arctan2(x, -y) % (2 * math.pi / 5)
-        angle = np.minimum(angle, 2 * math.pi / 5 - angle)
+        angle = np.minimum(angle, 2 * math.pi / 5 - angle)   # 0 at a tip, 36 degrees at a notch
         rho = np.hypot(x, y) / 1.04
         u, v = rho * np.cos(angle), rho * np.sin(angle)      # one edge: tip (1, 0) to a notch
-        nx, ny = 0.46 * _SIN36, 1 - 0.46 * _COS36            # that edge's normal
+        nx, ny = 0.46 * math.sin(math.pi / 5), 1 - 0.46 * math.cos(math.pi / 5)    # its normal
         return ((u - 1) * nx + v * ny) / math.hypot(nx, ny)
     raise ValueError(f"unknown shape '{shape}'")
 
 
 def ink(texture, x, y):
     """Where a texture is dark, as a soft distance like `distance`: positive in the ink. The pattern
-    hangs on the object, not on the page: it moves and grows with it."""
-    if texture == "striped":
+    hangs on the object, not on the page: it moves and grows with it.
+
+    x, y of one shape, in radii. On a medium object at 64 pixels a stripe is 3.7 pixels wide, a dot
+    and a check are 5."""
+    if texture == "striped":                                 # level bars: 0.36 ink, 0.36 paint
         return abs((y / 0.72 + 0.25) % 1 - 0.5) * 0.72 - 0.18
     if texture == "checkered":
         wave = lambda a: 0.25 - abs((a + 0.25) % 1 - 0.5)    # a corner of four checks at the centre
         a, b = wave(x), wave(y)
-        return np.sign(a * b) * np.minimum(abs(a), abs(b))
-    if texture == "dotted":
+        return np.sign(a * b) * np.minimum(abs(a), abs(b))   # dark where the two waves agree
+    if texture == "dotted":                                  # one in the centre, others 0.72 apart
         u, v = (x / 0.72 + 0.5) % 1 - 0.5, (y / 0.72 + 0.5) % 1 - 0.5
         return 0.24 - np.hypot(u, v) * 0.72
     raise ValueError(f"unknown texture '{texture}'")
@@ -369,24 +396,32 @@ def draw(scene, size=(64, 64), frames=1):
         for owner, (start, end) in order:
             thing = scene.things[owner]
             cx, cy, r = (start * (1 - u) + end * u) * unit   # pixels
+            # Only the box around it is touched, two pixels wider than it for the soft edge
             x0, x1 = max(0, int(cx - r - 2)), min(wide, int(cx + r + 3))
             y0, y1 = max(0, int(cy - r - 2)), min(high, int(cy + r + 3))
-            x = (np.arange(x0, x1) + 0.5 - cx)[None, :] / r  # the object's own coordinates
-            y = (np.arange(y0, y1) + 0.5 - cy)[:, None] / r
-            cover = np.clip(0.5 - distance(thing.shape, x, y) * r, 0, 1)[..., None]
-            paint = np.array(COLORS[thing.color], np.float32)
+            # The object's own coordinates; + 0.5: a pixel stands for its middle
+            x = (np.arange(x0, x1) + 0.5 - cx)[None, :] / r  # (1, w)
+            y = (np.arange(y0, y1) + 0.5 - cy)[:, None] / r  # (h, 1)
+            # Times r: in pixels. An outline through a pixel's middle covers half of it
+            cover = np.clip(0.5 - distance(thing.shape, x, y) * r, 0, 1)[..., None]    # (h, w, 1)
+            paint = np.array(COLORS[thing.color], np.float32)                          # (3,)
             if thing.texture != "solid":
+                # + 0 * y: stripes ask for y alone, and (h, w) is wanted
                 dark = np.clip(0.5 + ink(thing.texture, x + 0 * y, y + 0 * x) * r, 0, 1)[..., None]
-                paint = paint * (1 - dark) + np.array(INK, np.float32) * dark
-            patch = clip[f, y0:y1, x0:x1]
+                paint = paint * (1 - dark) + np.array(INK, np.float32) * dark          # (h, w, 3)
+            patch = clip[f, y0:y1, x0:x1]                    # a view: += paints into the clip
             patch += cover * (paint - patch)
     return np.rint(clip).astype(np.uint8)
 
 
 class Shapes:
-    """`n` items of the world; item i of seed s is a function of (s, i) alone.
+    """`n` items of the world; item i of seed s is a function of (s, i) alone: no file, no order,
+    and any number of workers draws the same.
 
-    shapes[i] -> (uint8 (F, H, W, 3), caption). `scene(i)` is the truth behind it.
+    level: "single" (one plain object), "basic" (one or two plain objects, "and", four relations)
+    or "full" (everything). frames > 1 gives clips, in which every thing moves. pairs: the (color,
+    shape) pairs that may be used. shapes[i] -> (uint8 (F, H, W, 3), caption); `scene(i)` is the
+    truth behind it. IndexError past the end.
     """
     def __init__(self, level="basic", n=10_000, seed=0, size=(64, 64), frames=1, pairs=SEEN_PAIRS):
         self.level, self.n, self.seed = level, n, seed
@@ -401,11 +436,15 @@ class Shapes:
         return [Thing(*pair).words() for pair in self.pairs]
 
     def scene(self, i):
+        """Item i's Scene, laid out."""
         if not 0 <= i < self.n:
             raise IndexError(i)
         aspect = tuple(side / min(self.size) for side in self.size)
         rng = np.random.default_rng((self.seed, i))
-        return choose(rng, self.level, self.frames, self.pairs, aspect)
+        while True:                         # a few crowded choices have no layout: choose again
+            scene = _choose_words(rng, self.level, self.frames, self.pairs)
+            if layout(rng, scene, aspect):
+                return scene
 
     def __getitem__(self, i):
         scene = self.scene(i)
@@ -421,15 +460,23 @@ class Shapes:
 #   _label    pixels -> blobs that touch each other, and inside each blob one region a colour
 #   _fit      each region is compared with silhouettes of all six shapes: which, where, how large?
 #   _texture  the ink inside the silhouette is compared with the three patterns
+# `read` puts them together, and is told nothing about the caption: it cannot see what it wishes to.
 # What it cannot read is called "unclear" and agrees with no caption: it abstains into wrong.
+#
+# OURS: the thresholds below. Strict ones call good pictures wrong, loose ones bad pictures right;
+# the tests hold both ends: at least 99 % of freshly drawn truth is right, at most 2 % of swapped
+# captions are. Shares of a picture are given in pixels of 64 x 64 beside them.
 
 # How far a shape of radius 1 reaches from its centre: left = right, up, down (y is down).
 REACH = {"circle": (1, 1, 1), "square": (0.86, 0.86, 0.86), "triangle": (0.95, 1, 0.8),
          "star": (0.989, 1.04, 0.841), "cross": (0.95, 0.95, 0.95), "ring": (1, 1, 1)}
 NAMES = tuple(COLORS)
+# The lines between the ranges of SIZES; a "medium" may have any radius, as crowds are drawn smaller
+SMALL_BELOW = (SIZES["small"][1] + SIZES["medium"][0]) / 2             # 0.135
+LARGE_ABOVE = (SIZES["medium"][1] + SIZES["large"][0]) / 2             # 0.1975
 _PAPER = np.array(GROUND, np.float32)
-_AXES = np.stack([[np.array(c, np.float32) - _PAPER, np.array(INK, np.float32) - _PAPER]
-                  for c in COLORS.values()])                 # (8, 2, 3): paper -> colour, -> ink
+# (8, 2, 3): from paper to each colour, and from paper to ink
+_AXES = np.array([(color, INK) for color in COLORS.values()], np.float32) - _PAPER
 _SOLVE = np.linalg.pinv(_AXES).astype(np.float32)            # (8, 3, 2): least squares, ready made
 
 
@@ -452,21 +499,21 @@ class Seen:
 
 
 def _unmix(frame):
-    """uint8 (H, W, 3) -> color (H, W) int, cover (H, W) 0..1, dark (H, W) 0..1.
+    """(H, W, 3), 0..255 -> color (H, W) int, cover (H, W) 0..1, dark (H, W) 0..1.
 
     cover: how much of the pixel is not ground; dark: how much of that is ink. An edge pixel of
     red on paper looks pink to a nearest-colour rule; as a mixture it is simply half a red one."""
     p = frame.reshape(1, -1, 3).astype(np.float32) - _PAPER                       # (1, HW, 3)
+    # Eight explanations of every pixel, one a colour: how much of it, and of ink
     parts = np.clip(p @ _SOLVE, 0, None)                                          # (8, HW, 2)
-    parts /= np.maximum(parts.sum(-1, keepdims=True), 1)
+    parts /= np.maximum(parts.sum(-1, keepdims=True), 1)     # no more than all of the pixel
     error = parts @ _AXES - p                                                     # (8, HW, 3)
     error = np.einsum("kpc,kpc->kp", error, error)                                # (8, HW)
-    color = error.argmin(0)
+    color = error.argmin(0)                                                       # (HW,)
     best = parts[color, np.arange(p.shape[1])]                                    # (HW, 2)
     cover = best.sum(-1)
-    shape = frame.shape[:2]
-    return (color.reshape(shape), cover.reshape(shape),
-            (best[:, 1] / np.maximum(cover, 1e-3)).reshape(shape))
+    dark = best[:, 1] / np.maximum(cover, 1e-3)              # blank paper is not dark
+    return tuple(v.reshape(frame.shape[:2]) for v in (color, cover, dark))
 
 
 def _shifted(a, fill):
@@ -478,11 +525,11 @@ def _shifted(a, fill):
 def _blobs(mask):
     """Connected components: bool (H, W) -> list of bool (H, W). Every pixel takes the smallest
     index among its neighbours; then the index of that index, which halves the way each time."""
-    n = mask.size
+    n = mask.size                                            # stands for "not in the mask"
     label = np.where(mask, np.arange(n).reshape(mask.shape), n)
     while True:
         least = np.where(mask, np.minimum(label, np.minimum.reduce(_shifted(label, n))), n)
-        hop = np.append(least, n)
+        hop = np.append(least, n)                            # flat, and n leads to n
         least = hop[hop[least]]
         if (least == label).all():
             return [label == k for k in np.unique(label[mask])]
@@ -513,103 +560,119 @@ def _thick(mask):
 
 
 def _label(color, cover, dark):
-    """[(blob (H, W) bool, label (H, W) int: the colour of each pixel, -1 = none), ...]"""
+    """Yields each blob, bool (H, W), and label, int (H, W): its pixels' colours, -1 = none."""
     unit = min(cover.shape)
-    found = []
     solid = cover > 0.5
-    raw = np.where(solid & (dark < 0.5), color, -1)
+    raw = np.where(solid & (dark < 0.5), color, -1)          # under ink, the colour is a guess
     for blob in _blobs(solid):
-        if blob.sum() < max(3, 0.0015 * unit * unit):        # a speck of a few pixels
+        # A speck of 6 pixels; the smallest thing of the world, a small star, has more than 50.
+        # Were it lower, a blot that the autoencoder leaves would be "an extra object"
+        if blob.sum() < max(3, 0.0015 * unit * unit):
             continue
         label = _grow(np.where(blob, raw, -1), blob)         # ink goes to the colour beside it
         core = np.full_like(label, -1)
         for c in np.unique(label[blob & (label >= 0)]):
             own = _thick(label == c)
-            if own.sum() >= 0.0025 * unit * unit:
+            if own.sum() >= 0.0025 * unit * unit:            # 10 pixels: a colour of its own
                 core[own] = c
-        found.append((blob, _grow(core if (core >= 0).any() else label, blob)))
-    return found
-
+        # What was thin goes to its neighbours; a blob that is thin all over stays as it was
+        yield blob, _grow(core if (core >= 0).any() else label, blob)
 
 
 def _overlap(shape, spots, cover, free, corner=(0, 0), stride=1):
     """How well a shape at each of K spots (x, y, radius; pixels) covers what is seen: (K,) 0..1.
 
     Soft intersection over union, on the pixels that are `free`: behind another object anything
-    may hide, at a small charge, so that the simplest explanation wins."""
+    may hide, at a small charge, so that the simplest explanation wins. cover and free (h, w) are a
+    window of the frame that begins at `corner` (x, y), every stride-th pixel of it."""
     h, w = cover.shape
     cx, cy, r = (spots[:, k, None, None] for k in range(3))                       # (K, 1, 1)
     xs, ys = (np.arange(n, dtype=np.float32) * stride + c + 0.5 for n, c in zip((w, h), corner))
     x, y = (xs - cx) / r, (ys[:, None] - cy) / r                     # (K, 1, w), (K, h, 1)
     ideal = np.clip(0.5 - distance(shape, x, y) * r, 0, 1)                        # (K, h, w)
     shown = ideal * free
-    charge = 1 - shown.sum((1, 2)) / np.maximum(ideal.sum((1, 2)), 1e-6)
+    charge = 1 - shown.sum((1, 2)) / np.maximum(ideal.sum((1, 2)), 1e-6)          # (K,) hidden part
     either = np.maximum(shown, cover).sum((1, 2))
     return np.minimum(shown, cover).sum((1, 2)) / np.maximum(either, 1e-6) - 0.03 * charge
+
+
+def _spots(shape, box, cut):
+    """(K, 3) first guesses (x, y, radius; pixels): the shape fills the region's bounding box (left,
+    right, top, bottom). If the box may be cut, larger ones as well, which lean on its sides."""
+    left, right, top, bottom = box
+    side, up, down = REACH[shape]
+    middle = lambda r: ((left + right) / 2, (top + bottom + (up - down) * r) / 2)
+    r = (right - left + bottom - top) / (2 * side + up + down)
+    spots = [(*middle(r), r)]
+    if cut:                                                  # six sizes x 3 x 3 places
+        least = max((right - left) / (2 * side), (bottom - top) / (up + down))
+        for r in least * np.array([0.97, 1.05, 1.15, 1.3, 1.5, 1.8]):
+            mx, my = middle(r)
+            spots += [(x, y, r) for x in (left + side * r, mx, right - side * r)
+                      for y in (top + up * r, my, bottom - down * r)]
+    return np.array(spots, np.float32)
+
+
+# A step in x, in y or in radius, or none
+_NUDGES = np.array([(0, 0, 0), (-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1)])
 
 
 def _fit(cover, own, hidden=None):
     """The best silhouette for a region -> (overlap, shape, (x, y, radius) in pixels).
 
     cover (H, W): how much of each pixel is painted; own: the region's pixels; hidden: pixels of
-    what may lie in front of it. First guess: the shape fills the region's bounding box. When
-    something hides a part, the box may be cut: then larger ones leaning on its sides as well."""
+    what may lie in front of it, None = nothing does. Guesses of all shapes first; then the best
+    walk to where they fit best."""
+    cut = hidden is not None
     ys, xs = np.nonzero(own)
-    left, right, top, bottom = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
-    m = 3 if hidden is None else 3 + max(right - left, bottom - top) // 2         # look around it
-    x0, y0 = max(0, left - m), max(0, top - m)
+    left, right, top, bottom = box = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
+    # Only a window is looked at: the box, and beyond it as far as a hidden part may reach
+    m = 3 + max(right - left, bottom - top) // 2 if cut else 3
+    x0, y0 = corner = max(0, left - m), max(0, top - m)
     part = np.s_[y0:bottom + m, x0:right + m]
-    free = np.ones(cover[part].shape, np.float32) if hidden is None else 1.0 - hidden[part]
+    free = 1.0 - hidden[part] if cut else np.ones(cover[part].shape, np.float32)   # (h, w)
+    # The region and its soft edge: pixels beside it that are painted by less than a half
     rim = np.logical_or.reduce(_shifted(own[part], False)) & (cover[part] <= 0.5)
-    seen = (cover[part] * (own[part] | rim) * free).astype(np.float32)
+    seen = (cover[part] * (own[part] | rim) * free).astype(np.float32)             # (h, w)
     guesses = []                                                       # (overlap, shape, spot)
-    for shape, (side, up, down) in REACH.items():
-        r = (right - left + bottom - top) / (2 * side + up + down)
-        spots = [((left + right) / 2, (top + bottom + (up - down) * r) / 2, r)]
-        if hidden is not None:
-            least = max((right - left) / (2 * side), (bottom - top) / (up + down))
-            for r in least * np.array([0.97, 1.05, 1.15, 1.3, 1.5, 1.8]):
-                middle = (left + right) / 2, (top + bottom + (up - down) * r) / 2
-                spots += [(x, y, r) for x in (left + side * r, middle[0], right - side * r)
-                          for y in (top + up * r, middle[1], bottom - down * r)]
-        spots = np.array(spots, np.float32)
-        step = 1 if hidden is None else 2
-        scores = _overlap(shape, spots, seen[::step, ::step], free[::step, ::step], (x0, y0), step)
-        for k in np.argsort(-scores)[:2]:
-            guesses.append((scores[k], shape, spots[k]))
+    n = 2 if cut else 1                  # 55 spots a shape: every second pixel will do for these
+    for shape in SHAPES:
+        spots = _spots(shape, box, cut)
+        scores = _overlap(shape, spots, seen[::n, ::n], free[::n, ::n], corner, n)
+        guesses += [(scores[k], shape, spots[k]) for k in np.argsort(-scores)[:2]]
     guesses.sort(key=lambda g: -g[0])
     refined = []
-    for score, shape, spot in guesses[:2 if hidden is None else 5]:
-        if score < guesses[0][0] - 0.12:
+    for score, shape, spot in guesses[:5 if cut else 2]:
+        if score < guesses[0][0] - 0.12:                     # too far behind to catch up
             break
-        for step in (1, 0.7, 0.5, 0.3) if hidden is None else (2, 1, 1, 0.7, 0.5, 0.3):
-            spots = (spot + step * _NUDGES).astype(np.float32)
+        for step in (2, 1, 1, 0.7, 0.5, 0.3) if cut else (1, 0.7, 0.5, 0.3):       # pixels
+            spots = (spot + step * _NUDGES).astype(np.float32)                     # (7, 3)
             spots[:, 2] = np.maximum(spots[:, 2], 1)
-            scores = _overlap(shape, spots, seen, free, (x0, y0))
+            scores = _overlap(shape, spots, seen, free, corner)
             spot, score = spots[scores.argmax()], scores.max()
         refined.append((float(score), shape, spot))
     return max(refined, key=lambda g: g[0])
 
 
-_NUDGES = np.array([(0, 0, 0), (-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1)])
-
-
 def _texture(shape, spot, dark, inside):
-    """Which pattern the ink inside a silhouette follows: "solid" without ink, "unclear" if none."""
+    """Which pattern the ink inside a silhouette follows: "solid" without ink, "unclear" if none.
+
+    dark (H, W): ink, 0..1; inside bool (H, W): the pixels to look at."""
     if inside.sum() < 4:
         return "unclear"
-    values = dark[inside]
+    values = dark[inside]                                    # (n,)
+    # Dots cover a third of an object, stripes and checks a half; a dark blot, or a noisy edge, less
     if (values > 0.5).mean() < 0.18:
         return "solid"
     ys, xs = np.nonzero(inside)
-    x, y = (xs + 0.5 - spot[0]) / spot[2], (ys + 0.5 - spot[1]) / spot[2]
+    x, y = (xs + 0.5 - spot[0]) / spot[2], (ys + 0.5 - spot[1]) / spot[2]          # (n,) in radii
     match = {}                                               # correlation with each pattern
     for texture in TEXTURES:
         ideal = np.clip(0.5 + ink(texture, x, y) * spot[2], 0, 1)
         common = ((values - values.mean()) * (ideal - ideal.mean())).mean()
         match[texture] = common / max(values.std() * ideal.std(), 1e-6)
     best = max(match, key=match.get)
-    return best if match[best] > 0.45 else "unclear"
+    return best if match[best] > 0.45 else "unclear"         # drawn as it should be, it is near 1
 
 
 def _depth(shape, spot, size):
@@ -624,55 +687,63 @@ def _smudge(mask, color="unclear"):
     return Seen(color, "unclear", "unclear", x, y, math.sqrt(mask.mean()), 0.0, mask, mask)
 
 
+def _peel(blob, label, cover, dark):
+    """[Seen, ...] of one blob, front to back: what looks whole lies in front and owns all of its
+    silhouette; then the next, of which a part may be hidden behind those.
+
+    blob bool (H, W); label int (H, W): the colour of each pixel, -1 = none; cover, dark (H, W)."""
+    waiting = [int(c) for c in np.unique(label[blob & (label >= 0)])] or [-1]      # colours
+    if waiting == [-1]:                                      # nothing but ink
+        label = np.where(blob, -1, -2)
+    if len(waiting) > 3:                                     # three objects never touch: a mess
+        return [_smudge(label == c, NAMES[c]) for c in waiting]
+    seen, hidden = [], np.zeros_like(blob)                   # hidden: by the objects seen so far
+    while waiting:
+        others, tries = blob & (label >= 0), []
+        for c in waiting:
+            own = label == c
+            over = hidden | (others & ~own) if seen else None
+            best = _fit(cover, own, over)
+            plain = own & (dark < 0.5)                       # or is the ink beside it another's?
+            if len(waiting) > 1 and 9 < plain.sum() < 0.9 * own.sum():
+                best = max(best, _fit(cover, plain, over), key=lambda fit: fit[0])
+            depth = _depth(*best[1:], cover.shape)
+            # Whoever lies behind has the front one's pixels well inside its silhouette. They weigh
+            # four times as much as overlap, as a large thing loses little by a small one on it.
+            deep = depth < -0.5
+            theft = (others & ~own & deep).sum() / max(1, deep.sum())
+            tries.append((best[0] - 4 * theft, c, best, depth))
+        _, c, (overlap, shape, spot), depth = max(tries, key=lambda t: t[0])
+        mask = depth < 0
+        owned = mask & blob & ~hidden
+        texture = _texture(shape, spot, dark, owned & (depth < -0.8))    # edges are neither
+        clear = overlap > 0.78 - 1 / spot[2]                 # small ones are all edge
+        seen.append(Seen(NAMES[c] if c >= 0 else "unclear", shape if clear else "unclear",
+                         texture, *(float(v / min(blob.shape)) for v in spot), overlap, mask,
+                         owned))
+        waiting.remove(c)
+        # What is left of the blob, without the rim where two colours blend, is the others'.
+        near = depth < 1.0
+        hidden = hidden | near
+        label = _grow(np.where(near | (label == c), -1, label), blob & ~hidden)
+        waiting = [k for k in waiting if (label == k).sum() > 3]
+    return seen
+
+
 def read(frame):
     """uint8 (H, W, 3) -> [Seen, ...]: everything in the picture, nothing about what was asked."""
     k = min(frame.shape[:2]) // 64
     if k > 1:                                # large pictures: k x k pixels to one, 64 are enough
         h, w = frame.shape[0] // k, frame.shape[1] // k
         frame = frame[:h * k, :w * k].reshape(h, k, w, k, 3).mean((1, 3))
-    color, cover, dark = _unmix(frame)
-    high, wide = cover.shape
-    unit = min(high, wide)
+    color, cover, dark = _unmix(frame)                       # (H, W) each
     seen = []
     for blob, label in _label(color, cover, dark):
-        waiting = [int(c) for c in np.unique(label[blob & (label >= 0)])] or [-1]
-        if waiting == [-1]:                                  # nothing but ink
-            label = np.where(blob, -1, -2)
-        if len(waiting) > 3:                                 # three objects never touch: a mess
-            seen += [_smudge(label == c, NAMES[c]) for c in waiting]
-            continue
-        hidden = None
-        while waiting:
-            # Whatever looks whole lies in front. Its silhouette is its own; then the next.
-            fits = {}
-            for c in waiting:
-                own = label == c
-                over = None if hidden is None else hidden | (blob & (label >= 0) & ~own)
-                fits[c] = _fit(cover, own, over)
-                plain = own & (dark < 0.5)                   # or is the ink beside it another's?
-                if len(waiting) > 1 and 9 < plain.sum() < 0.9 * own.sum():
-                    fits[c] = max(fits[c], _fit(cover, plain, over), key=lambda fit: fit[0])
-            depths = {k: _depth(*fits[k][1:], cover.shape) for k in waiting}
-            others = blob & (label >= 0)
-            theft = {k: (others & (label != k) & (depths[k] < -0.5)).sum()
-                     / max(1, (depths[k] < -0.5).sum()) for k in waiting}
-            c = max(waiting, key=lambda k: fits[k][0] - 4 * theft[k])
-            (overlap, shape, spot), depth = fits[c], depths[c]
-            mask = depth < 0
-            owned = mask & blob if hidden is None else mask & blob & ~hidden
-            texture = _texture(shape, spot, dark, owned & (depth < -0.8))
-            clear = overlap > 0.78 - 1 / spot[2]             # small ones are all edge
-            seen.append(Seen(NAMES[c] if c >= 0 else "unclear", shape if clear else "unclear",
-                             texture, *(float(v / unit) for v in spot), overlap, mask, owned))
-            waiting.remove(c)
-            # What is left of the blob, without the rim where two colours blend, is the others'.
-            near = depth < 1.0
-            hidden = near if hidden is None else hidden | near
-            label = _grow(np.where(near | (label == c), -1, label), blob & ~hidden)
-            waiting = [k for k in waiting if (label == k).sum() > 3]
-    # Something too pale for an object, away from all of them, is not nothing.
+        seen += _peel(blob, label, cover, dark)
+    # Something too pale for an object, away from all of them, is not nothing: without this a faint
+    # ghost of a third circle would go unnoticed.
     pale = (cover > 0.25) & (_count(cover > 0.5, 3) == 0)
-    if _thick(pale).sum() > 0.004 * unit * unit:
+    if _thick(pale).sum() > 0.004 * min(pale.shape) ** 2:    # 16 pixels
         seen.append(_smudge(pale))
     return seen
 
@@ -716,53 +787,66 @@ def judge(clip, caption):
     clip = clip[None] if clip.ndim == 3 else clip
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8:
         raise ValueError(f"judge wants uint8 (F, H, W, 3), not {clip.dtype} {clip.shape}")
-    frames = [read(frame) for frame in clip]
+    frames = [read(frame) for frame in clip]                 # F lists of Seen
     stills = [_still(seen, scene) for seen in frames]        # (parts, reasons, mine) a frame
     parts = {name: bool(np.mean([still[0][name] for still in stills]) >= 0.8)
              for name in stills[0][0]}
-    reasons = list(next((still[1] for still in stills if still[1]), []))
+    # The first bad frame speaks for all: its faults, not the same ones F times over
+    reasons = next((still[1] for still in stills if still[1]), [])
     named = {thing.color for thing in scene.things}
     there = [named <= {one.color for one in seen} for seen in frames]
     numbers = {"frames_right": float(np.mean([not still[1] for still in stills])),
                "colors_present": float(np.mean(there))}
     if len(clip) > 1:
-        if all(parts.values()):
+        if all(parts.values()):                              # the odd misread frame is forgiven
             reasons = []
-        _moving(frames, [still[2] for still in stills], scene, parts, reasons)
+        moving, faults = _moving(frames, [still[2] for still in stills], scene)
+        parts |= moving
+        reasons = list(dict.fromkeys(reasons + faults))      # each once, in order
+        # How much the empty ground changes from frame to frame, where it is ground in both
         ground = (abs(clip.astype(np.int16) - np.array(GROUND)) < 40).all(-1)     # (F, H, W)
         both = ground[1:] & ground[:-1]
         change = abs(np.diff(clip.astype(np.int16), axis=0)).mean(-1)             # (F-1, H, W)
         numbers["flicker"] = float(change[both].mean()) if both.any() else 0.0
     elif any(thing.motion for thing in scene.things):
         parts["motion"] = False
-        reasons.append("one frame shows no motion")
+        reasons = [*reasons, "one frame shows no motion"]
     return Verdict(all(parts.values()), reasons, parts, numbers)
+
+
+def _claim(seen, things):
+    """Who stands for whom: mine (for each thing its list of Seen), extra (whoever is left)."""
+    mine, extra = [[] for _ in things], []
+    named = [(t.color, t.shape) for t in things]
+    exact = lambda s: (s.color, s.shape) in named
+    for s in sorted(seen, key=exact, reverse=True):          # a right shape has the first claim
+        rooms = [k for k, t in enumerate(things) if t.color == s.color and len(mine[k]) < t.count]
+        if exact(s):                                         # even if there are too many of it
+            mine[named.index((s.color, s.shape))].append(s)
+        elif len(rooms) == 1:                                # the right colour, in a wrong shape
+            mine[rooms[0]].append(s)
+        else:                                                # no room, or a guess between two
+            extra.append(s)
+    return mine, extra
+
+
+def _sized(size, radius):
+    return {"small": radius < SMALL_BELOW, "medium": True, "large": radius > LARGE_ABOVE}[size]
 
 
 def _still(seen, scene):
     """One frame against the caption -> parts, reasons, mine (each thing's own list of Seen)."""
-    things, reasons = scene.things, []
-    mine, extra = [[] for _ in things], []
-    named = [(t.color, t.shape) for t in things]
-    twins = len(set(named)) < len(named)
-    if twins:
-        reasons.append("two things of one name: the judge cannot tell them apart")
-    exact = lambda s: (s.color, s.shape) in named
-    for s in sorted(seen, key=exact, reverse=True):          # a right shape has the first claim
-        rooms = [k for k, t in enumerate(things) if t.color == s.color and len(mine[k]) < t.count]
-        if exact(s):
-            mine[named.index((s.color, s.shape))].append(s)
-        elif len(rooms) == 1:                                # the right colour, in a wrong shape
-            mine[rooms[0]].append(s)
-        else:
-            extra.append(s)
-    small, large = sum(SIZES["small"][1:] + SIZES["medium"][:1]) / 2, sum(
-        SIZES["medium"][1:] + SIZES["large"][:1]) / 2
-    fits = {"small": lambda r: r < small, "medium": lambda r: True, "large": lambda r: r > large}
-    bound = not any(s.shape in {t.shape for t in things} and not exact(s) for s in seen)
+    things = scene.things
+    mine, extra = _claim(seen, things)
+    named = {(t.color, t.shape) for t in things}
+    twins = len(named) < len(things)
+    # A blue circle where "a red circle and a blue square" was asked: the blue is on the wrong shape
+    bound = all((s.color, s.shape) in named or s.shape not in {t.shape for t in things}
+                for s in seen)
     parts = {"color": bound and {s.color for s in seen} == {t.color for t in things},
-             "shape": {(s.color, s.shape) for s in seen} == set(named) and not twins,
+             "shape": {(s.color, s.shape) for s in seen} == named and not twins,
              "texture": True, "size": True, "count": not extra, "relation": True}
+    reasons = ["two things of one name: the judge cannot tell them apart"] if twins else []
     for thing, found in zip(things, mine):
         name = f"{thing.color} {thing.shape}"
         if len(found) != thing.count:
@@ -774,11 +858,11 @@ def _still(seen, scene):
             looks = "of no clear shape" if odd.shape == "unclear" else f"a {odd.shape}"
             reasons.append(f"the {odd.color} object is {looks}, not a {thing.shape}")
         odd = next((s.texture for s in found if s.texture != thing.texture), None)
-        parts["texture"] &= bool(found) and odd is None
+        parts["texture"] &= bool(found) and odd is None      # what is absent has no texture either
         if odd:
             reasons.append(f"the {name} is not {thing.texture}" if thing.texture != "solid" else
                            f"the {name} is {'not plain' if odd == 'unclear' else odd}")
-        sized = all(fits[thing.size](s.radius) for s in found)
+        sized = all(_sized(thing.size, s.radius) for s in found)
         parts["size"] &= thing.size == "medium" or bool(found) and sized
         if not sized:
             reasons.append(f"the {name} is not {thing.size}")
@@ -788,9 +872,8 @@ def _still(seen, scene):
         parts["relation"] = bool(a and b) and _related(scene.relation, a, b)
         if a and b and not parts["relation"]:
             is_now = next((r for r in ("inside", *DIRECTIONS) if _related(r, a, b)), "")
-            one, two = things[0], things[1]
-            short = one.shape != two.shape
-            one, two = (t.shape if short else f"{t.color} {t.shape}" for t in (one, two))
+            short = things[0].shape != things[1].shape       # "the circle" says enough
+            one, two = (t.shape if short else f"{t.color} {t.shape}" for t in things[:2])
             reasons.append(f"the {one} is {is_now or f'not {scene.relation}'} the {two}")
     return parts, reasons, mine
 
@@ -799,11 +882,12 @@ def _related(relation, first, second):
     """Does the relation hold between two lists of Seen? Between each two of them."""
     if relation in DIRECTIONS:
         ax, ay = DIRECTIONS[relation]
-        steps = np.array([(a.x - b.x, a.y - b.y) for a in first for b in second])
+        steps = np.array([(a.x - b.x, a.y - b.y) for a in first for b in second])     # (pairs, 2)
         along, across = steps @ (ax, ay), abs(steps @ (ay, ax))
+        # Each on its side by two pixels of 64, and on the whole more beside than above or below
         return bool((along > 0.03).all() and along.mean() > across.mean())
 
-    def inside(a, b):                                        # box in box, with a pixel to spare
+    def inside(a, b):                                        # box in box, give or take a pixel
         box = lambda s: [s.radius * reach for reach in REACH.get(s.shape, (1, 1, 1))]
         (a_side, a_up, a_down), (b_side, b_up, b_down) = box(a), box(b)
         return (a.radius < b.radius and abs(a.x - b.x) < b_side - a_side + 0.02
@@ -817,9 +901,9 @@ def _related(relation, first, second):
     return all((inside if relation == "inside" else in_front)(a, b) for a in first for b in second)
 
 
-def _moving(frames, mine, scene, parts, reasons):
-    """Adds a clip's parts and reasons. frames: F lists of Seen; mine[f][k]: those of things[k]."""
-    parts.update(motion=True, stillness=True, identity=True, smooth=True)
+def _moving(frames, mine, scene):
+    """A clip's own parts and reasons. frames: F lists of Seen; mine[f][k]: those of things[k]."""
+    parts, reasons = dict(motion=True, stillness=True, identity=True, smooth=True), []
     names = [sorted((s.color, s.shape) for s in seen) for seen in frames]
     odd = next((f for f, now in enumerate(names) if now != names[0]), None)
     if odd is not None or not names[0]:
@@ -836,33 +920,45 @@ def _moving(frames, mine, scene, parts, reasons):
             parts[part] = parts["smooth"] = False
             reasons.append(f"{name} cannot be followed")
             continue
-        tracks = [[(s.x, s.y, s.radius) for s in mine[0][k]]]
-        for now in mine[1:]:                                 # each takes the nearest that is left
-            left, row = [(s.x, s.y, s.radius) for s in now[k]], []
-            for x, y, _ in tracks[-1]:
-                row.append(min(left, key=lambda s: math.hypot(s[0] - x, s[1] - y)))
-                left.remove(row[-1])
-            tracks.append(row)
-        for track in np.array(tracks).swapaxes(0, 1):        # (F, 3): x, y, radius of one instance
+        for track in _follow([now[k] for now in mine]):      # (F, 3)
             found = _motion(track)
             if found != wanted:
                 parts[part] = False
                 reasons.append(f"{name} is {found}, not {wanted}")
             # Against the even walk from its first place to its last; radii count as diameters.
             track = track * (1, 1, 2)
-            u = np.linspace(0, 1, len(track))[:, None]
+            u = np.linspace(0, 1, len(track))[:, None]       # (F, 1)
             off = abs(track - (track[0] * (1 - u) + track[-1] * u)).max()
             step = abs(track[-1] - track[0]).max() / (len(track) - 1)
+            # Frames out of order are off by a step and more. A thing at rest has no step, and is
+            # allowed 1.6 pixels of 64
             if off > max(0.025, 0.6 * step):
                 parts["smooth"] = False
                 reasons.append(f"{name} does not move evenly")
-    reasons[:] = list(dict.fromkeys(reasons))
+    return parts, reasons
+
+
+def _follow(found):
+    """Lists of n Seen, one a frame -> (n, F, 3): each instance's track of (x, y, radius)."""
+    spots = [[(s.x, s.y, s.radius) for s in seen] for seen in found]
+    tracks = spots[:1]                                       # [frame][instance]
+    for left in spots[1:]:                                   # each takes the nearest that is left
+        row = []
+        for x, y, _ in tracks[-1]:
+            row.append(min(left, key=lambda s: math.hypot(s[0] - x, s[1] - y)))
+            left.remove(row[-1])
+        tracks.append(row)
+    return np.array(tracks).swapaxes(0, 1)
 
 
 def _motion(track):
-    """(F, 3) -> which of MOTIONS it is, or "moving unclearly"."""
+    """(F, 3) -> which of MOTIONS it is, or "moving unclearly".
+
+    Between "still" and the least of a motion (0.15, or 1.4 times the size) lies a gap where nothing
+    is said: a thing that trembles does neither."""
     dx, dy = track[-1, :2] - track[0, :2]
     growth = track[-1, 2] / track[0, 2]
+    # All frames, not only the first and last: there and back again is not still
     wander = np.hypot(*(track[:, :2] - track[:, :2].mean(0)).T).max()
     if wander < 0.04 and track[:, 2].max() < 1.25 * track[:, 2].min():
         return "staying still"
@@ -871,7 +967,7 @@ def _motion(track):
     if max(growth, 1 / growth) < 1.4:
         for motion, (ax, ay) in STEPS.items():
             along, across = dx * ax + dy * ay, abs(dx * ay) + abs(dy * ax)
-            if along >= 0.15 and along > 1.5 * across:
+            if along >= 0.15 and along > 1.5 * across:       # within 34 degrees of its axis
                 return motion
     return "moving unclearly"
 
@@ -886,7 +982,10 @@ CLIP_CATEGORIES = ("motion", "motion-binding", "stillness", "identity")
 # Two more, for a model of the basic world: "single" is one plain object, "pair" is two ("and" or a
 # direction between them), both drawn from that world; in no mean.
 _ALL = ("color", "shape", "texture", "size", "count", "relation")
-SCORED_ON = {                   # which of a verdict's parts must hold for a prompt of the category
+# Which of a verdict's parts must hold for a prompt of the category: what its name asks about, and
+# "count" always, for an extra object is wrong. "color" does not ask for the shape, nor "shape" for
+# the texture: what a model cannot do should lower one figure, not all of them.
+SCORED_ON = {
     "color": ("color", "count"), "shape": ("shape", "count"),
     "texture": ("color", "texture", "count"),
     "single": ("shape", "count"), "pair": ("shape", "count"),
@@ -908,31 +1007,34 @@ def prompts(category, n=100, split="seen"):
     "unseen" for HELD_OUT alone.
 
     They come as swap pairs wherever both are allowed ("a red circle and a blue square", then "a
-    blue circle and a red square"): who draws one picture for both is wrong in one of them."""
+    blue circle and a red square"): who draws one picture for both is wrong in one of them.
+    Raises ValueError for an unknown category or split."""
     if category not in SCORED_ON:
         raise ValueError(f"unknown category '{category}'; one of {', '.join(SCORED_ON)}")
     if split not in ("seen", "unseen"):
         raise ValueError(f"unknown split '{split}'; seen or unseen")
     pairs = SEEN_PAIRS if split == "seen" else tuple(sorted(HELD_OUT))
-    rng = np.random.default_rng(zlib.crc32(f"{category} {split}".encode()))   # its own, fixed seed
-    found, misses = [], 0
+    # A seed of its own, fixed: crc32 is the same everywhere, Python's hash() differs in every run
+    rng = np.random.default_rng(zlib.crc32(f"{category} {split}".encode()))
+    found, misses = [], 0                                    # misses in a row
     while len(found) < n:
         for scene in _ask(rng, category, pairs):
             caption = scene.caption()
+            # A swap of colours can make a pair of the other split: that partner is left out
             fine = all((t.color, t.shape) in pairs for t in scene.things)
+            misses += 1
             if fine and caption not in found and layout(rng, scene):
                 found.append(caption)
                 misses = 0
-            else:
-                misses += 1
-        if misses > 1000:                                    # there are no more
+        if misses > 1000:                                    # there are no more: start over
             found += found[:n - len(found)]
     return found[:n]
 
 
 def truth(caption, seed=0, size=(64, 64), frames=1):
-    """A clip that shows the caption, drawn from scratch: uint8 (F, H, W, 3). ValueError if the
-    caption is not a sentence of the world."""
+    """A clip that shows the caption, drawn from scratch: uint8 (F, H, W, 3). Sent through the
+    autoencoder and judged, these are the benchmark's ceiling. ValueError if the caption is not a
+    sentence of the world."""
     scene, rng = parse(caption), np.random.default_rng((seed, zlib.crc32(caption.encode())))
     while not layout(rng, scene, tuple(side / min(size) for side in size)):
         pass                                                 # rare: a crowd that found no place
@@ -944,41 +1046,37 @@ def _ask(rng, category, pairs):
     if category in ("single", "pair"):                       # as the basic world has them
         scene = _choose_words(rng, "single" if category == "single" else "basic", 1, pairs)
         return [scene] if category == "single" or len(scene.things) == 2 else []
-    pick = lambda options: options[int(rng.integers(len(options)))]
     while True:                                              # three things of three colours
-        (c0, s0), (c1, s1), (c2, s2) = [pick(pairs) for _ in range(3)]
+        (c0, s0), (c1, s1), (c2, s2) = [_pick(rng, pairs) for _ in range(3)]
         if len({c0, c1, c2}) == 3 and (s0 != s1 or category not in ("color", "shape")):
             break                                            # of one shape, a swap changes nothing
     a, b, c = Thing(c0, s0), Thing(c1, s1), Thing(c2, s2)
     if category in ("color", "shape"):                       # colours, or shapes: exchanged
         return [Scene([a, b]), Scene([Thing(c1, s0), Thing(c0, s1)])]
-    if category == "texture":
+    if category == "texture":                                # on one thing, or exchanged by two
         t0, t1 = rng.permutation((*TEXTURES, "solid"))[:2].tolist()
         if rng.random() < 0.3:
             return [Scene([Thing(c0, s0, t)]) for t in (t0, t1) if t != "solid"]
         return [Scene([Thing(c0, s0, u), Thing(c1, s1, v)]) for u, v in ((t0, t1), (t1, t0))]
-    if category == "spatial":
-        relation = pick(tuple(DIRECTIONS))
+    if category in ("spatial", "non-spatial"):               # the things exchange their places
+        relation = _pick(rng, tuple(DIRECTIONS) if category == "spatial" else TOUCHING)
         return [Scene([a, b], relation), Scene([b, a], relation)]
-    if category == "non-spatial":
-        relation = pick(("inside", "in front of"))
-        return [Scene([a, b], relation), Scene([b, a], relation)]
-    if category == "complex":
+    if category == "complex":                                # three things, or two with all words
         if rng.random() < 0.5:
-            return [Scene([a, b, c], pick(RELATIONS))]
+            return [Scene([a, b, c], _pick(rng, RELATIONS))]
         a.size, b.size = rng.permutation(("small", "large")).tolist()
         big = a if a.size == "large" else b                  # no texture on small objects
-        big.texture = pick(TEXTURES)
-        return [Scene([a, b], pick(tuple(DIRECTIONS)))]
+        big.texture = _pick(rng, TEXTURES)
+        return [Scene([a, b], _pick(rng, tuple(DIRECTIONS)))]
     if category == "numeracy":
-        a.count = 2 + int(rng.integers(3))
+        a.count = 2 + int(rng.integers(3))                   # two to four
         if rng.random() < 0.5:
             return [Scene([a])]
-        b.count = 1 + int(rng.integers(5 - a.count))
+        b.count = 1 + int(rng.integers(5 - a.count))         # five in all, as in the world
         return [Scene([a, b])]
-    if category == "motion":
-        a.motion = pick(MOTIONS[:-1])
-        return [Scene([a])]
+    if category == "motion":                                 # any but "staying still"
+        return [Scene([Thing(c0, s0, motion=_pick(rng, MOTIONS[:-1]))])]
+    # motion-binding (which of two does what), stillness, identity (which asks for any motions)
     two = category == "motion-binding" or rng.random() < 0.5
     m0, m1 = (("staying still",) * 2 if category == "stillness" else
               rng.permutation(MOTIONS)[:2].tolist())
@@ -997,8 +1095,11 @@ VIDEOS = (".mp4", ".mov", ".webm")
 MAX_PIXELS = 70_000_000         # a file that claims more is skipped before it is decoded
 MAX_CAPTION = 1000              # characters
 MAX_LINE = 2 ** 20              # bytes of a line of captions.jsonl
-# Not all that pillow can open: it would hand a PostScript file, whatever its name, to Ghostscript
+# Not all that pillow can open: it would hand a PostScript file, whatever its name, to Ghostscript.
+# A folder may come from anywhere, so the limits above hold for each file, and a bad one is skipped.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+ORIENTATION = 0x0112            # the EXIF tag that says how a camera was held, 1 = upright, to 8
+SIDEWAYS = (5, 6, 7, 8)         # its values under which height and width change places
 
 
 def plain(text):
@@ -1033,6 +1134,7 @@ class Folder:
             try:
                 self._load(file)
             except Exception as error:  # noqa: BLE001 - a broken file can raise anything
+                # Of a library's message the first line, without the folder's name: that is known
                 first = str(error).strip().split("\n")[0].replace(f"{self.root}/", "")
                 self.skipped.append((self._name(file), first or type(error).__name__))
                 continue
@@ -1077,7 +1179,7 @@ class Folder:
         return file.relative_to(self.root).with_suffix("").as_posix()
 
     def _name(self, file):
-        return str(file.relative_to(self.root)) if file.is_relative_to(self.root) else str(file)
+        return str(file.relative_to(self.root))
 
     def _find(self):
         """All files with their captions; sets `how`. Nothing is decoded yet."""
@@ -1085,9 +1187,11 @@ class Folder:
         if listed.is_file():
             self.how = "captions.jsonl"
             return list(self._listed(listed))
+        # Sorted, as systems list a folder in different orders: item i is the same everywhere
         every = sorted(p for p in self.root.rglob("*")
                        if not any(part.startswith(".") for part in p.relative_to(self.root).parts))
         texts = {p.with_suffix("") for p in every if p.suffix == ".txt" and p.is_file()}
+        # A folder is a clip if it has a caption of its own; else it is only a place for files
         clips = [p for p in every if p.is_dir() and p in texts and _pictures_in(p)]
         files = [p for p in every if p.suffix.lower() in PICTURES + VIDEOS and p.is_file()
                  and p.parent not in clips]
@@ -1095,6 +1199,7 @@ class Folder:
             self.how = "a .txt beside each file"
             return [(p, caption) for p in sorted(files + clips)
                     if (caption := self._beside(p)) is not None]
+        # No words anywhere: the name of the topmost folder is the class, however deep the file lies
         deep = {p: p.relative_to(self.root).parts[0] for p in files if p.parent != self.root}
         if deep:
             self.how = "class folders"
@@ -1107,48 +1212,52 @@ class Folder:
         """The caption in NAME.txt, or None (and the reason is noted)."""
         text = file.with_suffix(".txt") if file.is_file() else file.parent / (file.name + ".txt")
         try:
-            with open(text, encoding="utf-8-sig") as f:
-                return " ".join(f.read(4 * MAX_CAPTION).split())
+            with open(text, encoding="utf-8-sig") as f:      # -sig: Windows' editors mark UTF-8
+                return " ".join(f.read(4 * MAX_CAPTION).split())           # never all of a huge one
         except UnicodeDecodeError:
             self.skipped.append((self._name(file), f"{text.name} is not UTF-8 text"))
         except OSError:
             self.skipped.append((self._name(file), "no caption"))
 
     def _listed(self, path):
-        """The (file, caption) pairs of a captions.jsonl, read line by line."""
+        """The (file, caption) pairs of a captions.jsonl, read line by line: it may list millions,
+        or be one line that never ends."""
         root = self.root.resolve()
         with open(path, "rb") as f:
             for number in itertools.count(1):
                 line = f.readline(MAX_LINE)
-                where = f"captions.jsonl line {number}"
                 if not line:
                     return
-                if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    self.skipped.append((where, f"longer than {MAX_LINE:,} bytes"))
-                    while line and not line.endswith(b"\n"):       # the rest of it
-                        line = f.readline(MAX_LINE)
-                    continue
-                if not line.strip():
-                    continue
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                    name, caption = row["file"], row["caption"]
-                    file = self.root / name
-                    inside = file.resolve().is_relative_to(root)
-                    words, there = " ".join(caption.split()), file.is_file() or file.is_dir()
-                    if inside and file.is_dir() and file != self.root:     # a clip: of no links out
-                        inside = all(p.resolve().is_relative_to(root) for p in file.iterdir())
-                except UnicodeDecodeError:
-                    self.skipped.append((where, "not UTF-8 text"))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-                    self.skipped.append((where, 'not {"file": "...", "caption": "..."}'))
-                else:
-                    if Path(name).is_absolute() or not inside:
-                        self.skipped.append((where, f"'{name}' lies outside of the folder"))
-                    elif not there or file == self.root:
-                        self.skipped.append((where, f"no file '{name}'"))
-                    else:
-                        yield file, words
+                    if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                        while line and not line.endswith(b"\n"):           # the rest of it
+                            line = f.readline(MAX_LINE)
+                        raise ValueError(f"longer than {MAX_LINE:,} bytes")
+                    if line.strip():
+                        yield self._row(line, root)
+                except ValueError as error:
+                    self.skipped.append((f"captions.jsonl line {number}", str(error)))
+
+    def _row(self, line, root):
+        """One line of captions.jsonl -> (file, caption); root is the folder, resolved. ValueError
+        says what is wrong with it. Nothing outside of the folder is read, not even by a link."""
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+            name, caption = row["file"], " ".join(row["caption"].split())
+            file = self.root / name
+            inside = file.resolve().is_relative_to(root)
+            if inside and file.is_dir() and file != self.root:     # a clip: of no links out
+                inside = all(p.resolve().is_relative_to(root) for p in file.iterdir())
+            there = file != self.root and (file.is_file() or file.is_dir())
+        except UnicodeDecodeError:
+            raise ValueError("not UTF-8 text") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+            raise ValueError('not {"file": "...", "caption": "..."}') from None
+        if Path(name).is_absolute() or not inside:
+            raise ValueError(f"'{name}' lies outside of the folder")
+        if not there:
+            raise ValueError(f"no file '{name}'")
+        return file, caption
 
     def _load(self, file):
         """Path -> uint8 (F, H, W, 3)."""
@@ -1175,8 +1284,9 @@ def _pictures_in(folder):
 def _sample(stream, frames, fps):
     """From (start in seconds, frame) pairs, `frames` of them: for each k the one on show at
     k / fps, the last held. Decodes no further than it must."""
-    taken, shown = [], None
+    taken, shown = [], None                                  # shown: the frame before `start`
     for start, frame in stream:
+        # 1e-6: a frame that starts at k / fps but for a rounding error is the one on show
         while shown is not None and len(taken) < frames and start > len(taken) / fps + 1e-6:
             taken.append(shown)
         if len(taken) == frames:
@@ -1217,7 +1327,7 @@ def need_av(doing):
 def _video(file, size):
     """The (start, frame) pairs of a video, through PyAV."""
     with need_av("reading").open(str(file)) as container:
-        first = None
+        first = None                                         # a cut video need not begin at 0
         for frame in container.decode(video=0):
             time = float(frame.time or 0)
             first = time if first is None else first
@@ -1225,7 +1335,8 @@ def _video(file, size):
 
 
 def _opened(file):
-    """Image.open, with the size checked before anything is decoded."""
+    """Image.open, with the size checked before anything is decoded: a few kilobytes on the disk can
+    be gigabytes in memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # our limit is below
         try:
@@ -1242,7 +1353,7 @@ def size_of(file):
     """(height, width) of a picture file as it is shown, turned as EXIF says."""
     with _opened(file) as image:
         wide, high = image.size
-        return (wide, high) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (high, wide)
+        return (wide, high) if image.getexif().get(ORIENTATION) in SIDEWAYS else (high, wide)
 
 
 def fit(image, size):
@@ -1254,14 +1365,15 @@ def fit(image, size):
     high, wide = size
     if image.format == "JPEG":               # decode a large JPEG at 1/2, 1/4, 1/8: cheap and exact
         image.draft("RGB", (2 * max(size), 2 * max(size)))
-    turned = image.getexif().get(0x0112, 1)
-    if turned in (5, 6, 7, 8):               # lies on its side: so does the crop
+    turned = image.getexif().get(ORIENTATION, 1)
+    if turned in SIDEWAYS:                   # the crop then lies on its side too
         high, wide = wide, high
     w, h = image.size
     scale = min(w / wide, h / high)          # crop first: what follows sees no more than it needs
     cw, ch = max(1, round(wide * scale)), max(1, round(high * scale))
     x, y = (w - cw) // 2, (h - ch) // 2
     image.load()
+    # RGB before resizing: a palette's numbers have no mean. Turned last, when it is small
     image = _rgb(image.crop((x, y, x + cw, y + ch)))
     image = image.resize((wide, high), Image.LANCZOS, reducing_gap=3.0)
     turns = {2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}      # EXIF -> Image.Transpose
@@ -1274,6 +1386,7 @@ def _rgb(image):
     """Any pillow mode -> RGB; what is transparent lies on white."""
     if image.mode.startswith("I") or image.mode == "F":                # 16 or 32 bits a pixel
         a = np.nan_to_num(np.array(image, np.float32), copy=False)     # in place: it may be large
+        # What is white? pillow opens 16-bit files as 32-bit too: the brightest pixel tells
         top = 65535 if a.max() > 255 else 255 if a.max() > 1 or image.mode != "F" else 1
         if image.mode.startswith("I;16"):
             top = 65535
@@ -1349,26 +1462,7 @@ class Cache:
         if index is None:
             raise ValueError(f"no cache, {path}; make one: python train.py --stage encode")
         try:
-            self.n, self.shape = index["items"], tuple(index["shape"])
-            self.size, self.frames, self.fps = tuple(index["size"]), index["frames"], index["fps"]
-            self.labels, self.vocabulary = index["labels"], index["vocabulary"]
-            self.vae, self.encoders = index["vae"], index["encoders"]
-            self.shard = index["shard"]
-            shards = -(-self.n // self.shard)                # at most a million are looked for
-            missing = shards - sum((self.root / f"{k:05d}.json").is_file()
-                                   for k in range(min(shards, 10 ** 6)))
-            if missing:
-                raise ValueError(f"cache not finished, {path} lacks {missing} shards; run the "
-                                 f"same train.py --stage encode again, it goes on")
-            self.captions, self.where = [], {}               # where: text -> (shard, row)
-            self.offsets = []                                # [shard][encoder][row]
-            for k in range(shards):
-                part = json.loads((self.root / f"{k:05d}.json").read_text(encoding="utf-8"))
-                self.captions += part["captions"]
-                self.offsets.append(part["offsets"])
-                if self.encoders:
-                    for row, text in enumerate(part["texts"]):
-                        self.where.setdefault(text, (k, row))
+            self._read(path, index)
         except (LookupError, TypeError, AttributeError, ArithmeticError, json.JSONDecodeError,
                 UnicodeDecodeError, OSError) as error:
             raise ValueError(f"damaged cache, {path} ({error!r:.80}); encode again") from None
@@ -1384,6 +1478,29 @@ class Cache:
         # A cache of millions has more files than a process may hold open: the last used stay
         self.open = lru_cache(maxsize=256)(self._open)
 
+    def _read(self, path, index):
+        """Sets all fields, from index.json and the shards' own; arrays are not opened yet."""
+        self.n, self.shape = index["items"], tuple(index["shape"])         # shape: (F, C, h, w)
+        self.size, self.frames, self.fps = tuple(index["size"]), index["frames"], index["fps"]
+        self.labels, self.vocabulary = index["labels"], index["vocabulary"]
+        self.vae, self.encoders = index["vae"], index["encoders"]
+        self.shard = index["shard"]
+        shards = -(-self.n // self.shard)                    # rounded up
+        missing = shards - sum((self.root / f"{k:05d}.json").is_file()
+                               for k in range(min(shards, 10 ** 6)))       # a wild number: no more
+        if missing:
+            raise ValueError(f"cache not finished, {path} lacks {missing} shards; run the "
+                             f"same train.py --stage encode again, it goes on")
+        self.captions, self.where = [], {}                   # where: text -> (shard, row)
+        self.offsets = []                                    # [shard][encoder][row]
+        for k in range(shards):
+            part = json.loads((self.root / f"{k:05d}.json").read_text(encoding="utf-8"))
+            self.captions += part["captions"]
+            self.offsets.append(part["offsets"])
+            if self.encoders:                                # a text may stand in several shards
+                for row, text in enumerate(part["texts"]):
+                    self.where.setdefault(text, (k, row))
+
     def __len__(self):
         return self.n
 
@@ -1398,7 +1515,7 @@ class Cache:
         places = np.asarray(places)
         latents = np.empty((len(places), *self.shape), np.float16)
         order = np.argsort(places)                           # read forwards, file by file
-        shards = places[order] // self.shard
+        shards = places[order] // self.shard                 # (B,)
         for k in np.unique(shards):
             mine = order[shards == k]
             latents[mine] = self.open(int(k), "latents")[places[mine] % self.shard]
@@ -1450,17 +1567,19 @@ def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):
     columns = max(1, min(columns, len(clips)))
     h, w = clips[0].shape[1:3]
     tall = round(cell * h / w)
+    # For each picture its lines of text: (string, font, color)
     lines = [[(line, font, "#222222") for line in _wrap(caption, font, cell)]
              + [(line, small, note[1]) for line in (_wrap(note[0], small, cell) if note else [])]
              for caption, note in zip(captions, notes)]
     rows = [range(k, min(k + columns, len(clips))) for k in range(0, len(clips), columns)]
-    text = [15 * max(len(lines[k]) for k in row) + 6 for row in rows]  # as high as its text
+    text = [15 * max(len(lines[k]) for k in row) + 6 for row in rows]  # pixels under each row
     height = gap + sum(tall + room + gap for room in text)
     sheet = Image.new("RGB", (gap + columns * (cell + gap), height), "white")
     pen, y = ImageDraw.Draw(sheet), gap
-    for row, room in zip(rows, text):
+    for row, room in zip(rows, text):                        # y grows by a row, x by a picture
         for x, k in zip(range(gap, sheet.width, cell + gap), row):
             picture = Image.fromarray(clips[k][min(frame, len(clips[k]) - 1)])
+            # At a whole multiple every pixel stays a square, to be looked at as it is
             enlarge = Image.NEAREST if cell % w == 0 and cell > w else Image.LANCZOS
             sheet.paste(picture.resize((cell, tall), enlarge), (x, y))
             edge, width = (notes[k][1], 2) if notes[k] else ("#d8d8d8", 1)
@@ -1488,6 +1607,7 @@ def _wrap(text, font, width, most=5):
 def save_gif(path, images, fps=4):
     """Writes PIL images as a GIF that loops for ever, `fps` images a second."""
     # One palette, that of all the images together: colours then do not flicker between frames.
+    # No dithering, for its dots would.
     strip = Image.new("RGB", (images[0].width, images[0].height * len(images)))
     for k, image in enumerate(images):
         strip.paste(image, (0, k * image.height))
@@ -1521,14 +1641,15 @@ def save_mp4(path, images, fps=4):
 # -----------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite number of `kind` from low (with above: more than low) to high."""
+    """An argparse type: a finite number of `kind` from low (with above: more than low) to high.
+    float("nan") and float("inf") are numbers to Python, and would only be noticed much later."""
     def read(text):
         try:
             value = kind(text)
-            math.isfinite(value)                             # overflows on 400 digits
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not (low < value <= high or (value == low and not above)) or not math.isfinite(value):
+            good = math.isfinite(value) and low <= value <= high and not (above and value == low)
+        except (ValueError, OverflowError):                  # no number; an int of 400 digits
+            good = False
+        if not good:
             word = "whole number" if kind is int else "number"
             bounds = f"{'above' if above else 'from'} {low}"
             bounds += f" to {high}" if high < math.inf else ""
@@ -1554,7 +1675,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def writable(path):
-    """Path of a file to be written, its folder made; if it cannot be: ValueError, at once."""
+    """Path of a file to be written, its folder made; if it cannot be: ValueError, at once and not
+    after hours of work."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -1577,20 +1699,18 @@ def writing(path, *temporary):
 
 def parser():
     """Every flag."""
+    # No abbreviations: a flag that is added later could change what an old command means
     p = Parser(description="Look at the dataset: a sheet of it, captions below.",
                allow_abbrev=False)
-    p.add_argument("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
-    p.add_argument("--data", default="shapes", help="'shapes' or a folder of yours")
-    p.add_argument("--world", default="full", choices=("basic", "full"),
-                   help="how much of the world")
-    p.add_argument("--frames", type=number(int, 1, 1024), default=1,
-                   help="frames a clip; 1 = pictures")
-    p.add_argument("--fps", type=number(float, 0.01, 1000), default=4,
-                   help="frames a second")
-    p.add_argument("--size", type=picture_size, default=(64, 64), metavar="H[xW]",
-                   help="in pixels (64)")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
-    p.add_argument("--n", type=number(int, 1, 1000), default=24, help="how many items to show (24)")
+    add = p.add_argument
+    add("--preview", required=True, metavar="FILE", help="out.png, or out.gif for clips")
+    add("--data", default="shapes", help="'shapes' or a folder of yours")
+    add("--world", default="full", choices=("basic", "full"), help="how much of the world")
+    add("--frames", type=number(int, 1, 1024), default=1, help="frames a clip; 1 = pictures")
+    add("--fps", type=number(float, 0.01, 1000), default=4, help="frames a second")
+    add("--size", type=picture_size, default=(64, 64), metavar="H[xW]", help="in pixels (64)")
+    add("--seed", type=number(int, 0, 2 ** 31 - 1), default=0)
+    add("--n", type=number(int, 1, 1000), default=24, help="how many items to show (24)")
     return p
 
 
@@ -1600,8 +1720,8 @@ def main(argv=None):
     try:
         out = writable(args.preview)
         if out.suffix.lower() not in (".png", ".gif"):
-            better = out.with_suffix(".png")
-            raise ValueError(f"cannot write '{out.suffix}' files, {out}; try {better}")
+            raise ValueError(f"cannot write '{out.suffix}' files, {out}; "
+                             f"try {out.with_suffix('.png')}")
         if cache_index(args.data):
             raise ValueError(f"nothing to look at, {args.data} holds latents; try the folder that "
                              f"they were made of")
