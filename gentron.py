@@ -453,11 +453,11 @@ class NoiseSchedule:
         as in DDPM and the paper."""
         if self.objective == "eps":
             return torch.randint(self.steps, (n,), generator=generator)
-        # OURS: for v a logit-normal (Esser et al. 2024), most in the middle, where shapes are
-        # decided; wider than theirs, as what goes where is decided near pure noise. F frames show
-        # one scene F times: averaged, they hold sqrt(F) times less noise. So that a clip is as
-        # well hidden as a picture is, alpha / sigma is divided by that: log(F) / 2 more.
-        x = math.log(frames) / 2 + 1.5 * torch.randn(n, generator=generator)
+        # OURS: for v a logit-normal as in Esser et al. 2024, but at more noise (mean 1, not 0) and
+        # wider (1.5, not 1): what goes where is decided near pure noise, and is the hardest to
+        # learn. F frames show one scene F times, and averaged hold sqrt(F) times less noise: so
+        # that a clip is as well hidden as a picture, log(F) / 2 more.
+        x = 1 + math.log(frames) / 2 + 1.5 * torch.randn(n, generator=generator)
         return (torch.sigmoid(x) * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, n):

@@ -67,7 +67,7 @@ HERE = Path(__file__).resolve().parent
 # What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
 # 2048; OURS: nano has a quick small world to learn, so a high rate, a short EMA, v + cosine.
 # OURS in PAPER: the EMA, on which the paper is silent, and a batch that fewer GPUs can hold.
-QUICK = dict(lr=2e-3, lr_decay=1_000, batch_size=64, schedule="cosine", objective="v", ema=0.998,
+QUICK = dict(lr=2e-3, lr_decay=2_000, batch_size=64, schedule="cosine", objective="v", ema=0.998,
              steps=5_428, size=(64, 64))
 PAPER = dict(lr=1e-4, lr_decay=0, batch_size=256, schedule="linear", objective="eps", ema=0.9999,
              steps=500_000, size=(256, 256))
@@ -131,7 +131,7 @@ def parser():
     g.add_argument("--lr", type=share, help="AdamW's (nano: 2e-3; else 1e-4)")
     g.add_argument("--lr-decay", type=D.number(int, 0), metavar="STEP",
                    help="from this step on the rate falls as 1 / sqrt(step); 0 = it stays, as in "
-                        "the paper (nano: 1000)")
+                        "the paper (nano: 2000)")
     g.add_argument("--ema", type=share, help="decay of the averaged weights (nano: 0.998)")
     g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g = p.add_argument_group("the run")
@@ -228,8 +228,11 @@ def fill_in(args, known, cache):
     """Gives each flag that was not given its value: first what the checkpoint we start from
     (known) or the data's cache says, then the preset's, QUICK or PAPER."""
     args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
-    args.world = args.world or ("full" if args.stage == "vae" else "basic")
-    preset = args.preset or known.get("args", {}).get("preset")
+    parent = known.get("args", {})
+    args.world = args.world or parent.get("world") or ("full" if args.stage == "vae" else "basic")
+    if args.init and "schedule" in known:
+        inherit(args, known)
+    preset = args.preset or parent.get("preset")
     quick = args.stage == "vae" or preset in (None, "nano")
     defaults = {**QUICK, **STAGE.get(args.stage, {})} if quick else dict(PAPER)
     for source in (known, cache):                           # the latter wins: it has one size only
@@ -239,6 +242,22 @@ def fill_in(args, known, cache):
     for name, value in defaults.items():
         if getattr(args, name) is None:                     # (not `or`: --lr-decay 0 is a value)
             setattr(args, name, value)
+
+
+def inherit(args, parent):
+    """Refuses (ValueError) what --init cannot change: to weights trained for one objective, text
+    or latent space another means nothing, and a flag that did nothing would be a lie."""
+    config, schedule = parent["config"], parent["schedule"]
+    sizes = {name: config[name] for name in G.PRESETS["nano"]}
+    has = {"objective": schedule["objective"], "schedule": schedule["kind"],
+           "text": parent["text"]["spec"], "vae": "its own autoencoder",
+           "preset": next((name for name, p in G.PRESETS.items() if p == sizes), "other sizes")}
+    for flag, value in has.items():
+        given = getattr(args, flag)
+        if given not in (None, value):
+            raise ValueError(f"--{flag} {given} with --init: {args.init} has {value}, and keeps "
+                             f"it; leave --{flag} out")
+    args.objective, args.schedule = has["objective"], has["schedule"]
 
 
 def claim_folder(args):
@@ -1235,6 +1254,9 @@ def train(args):
                               f"{out}/samples/{done:06d}")
             if why:
                 break
+    if in_a_row:
+        raise ValueError(f"the last {in_a_row} steps, up to {done}, had no finite gradient and were "
+                         f"not saved; try a lower --lr, or --precision fp32")
     finish(out, done, why, prompts[0], args)
     return 0
 
