@@ -31,6 +31,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1707,6 +1708,60 @@ def test_other_flags_on_resume_are_refused_by_name(tmp_path, capsys):
     assert "--steps 4" in capsys.readouterr().out
     run_train(tmp_path, "--vae", vae, "--steps", "1", "--lr", "0.5", "--no-resume")
     assert (tmp_path / "run.1" / "last.pt").read_bytes() == before
+
+
+def worked_changes():
+    """The README's examples of changing things, a list for each ```diff block: [(file, lines as
+    they are, lines as they become), ...] and how many lines are new."""
+    blocks = re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    for block in blocks:
+        hunks = re.findall(r"@@ (\S+)\n(.*?)(?=@@ |\Z)", block, re.S)
+        side = lambda lines, signs: "\n".join(x[1:] for x in lines.splitlines() if x[0] in signs)
+        yield ([(file, side(lines, " -"), side(lines, " +")) for file, lines in hunks],
+               len(re.findall(r"^\+", block, re.M)))
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_readmes_worked_changes_work(tmp_path, number):
+    change, lines = list(worked_changes())[number]
+    assert lines < 15
+    for file in ("data.py", "gentron.py", "train.py", "sample.py"):
+        text = (HERE / file).read_text()
+        for name, old, new in change:
+            assert name != file or text.count(old) == 1, f"{file} has not one '{old}'"
+            text = text.replace(old, new) if name == file else text
+        (tmp_path / file).write_text(text)
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    tiny = [*SMALL, "--vae", save_tiny_vae(tmp_path / "vae.pt"), "--steps", "2", "--out", "run"]
+    if number == 0:                                         # drawn, read back, and told apart
+        code = ("import numpy as np, data as D\n"
+                "for k in range(20):\n"
+                "    for pair in ('red diamond', 'red square'):\n"
+                "        assert D.judge(D.truth('a ' + pair, k), 'a red diamond') \\\n"
+                "            .parts['shape'] == (pair == 'red diamond')\n"
+                "assert 'diamond' in D.vocabulary()")
+        result = run([sys.executable, "-c", code])
+        assert result.returncode == 0, result.stderr
+        return
+    flags = ["--schedule", "straight", "--objective", "flow"] if number == 2 else []
+    result = run([sys.executable, "train.py", *tiny, *flags])
+    assert result.returncode == 0, result.stderr
+    sampler = "ddim-half" if number == 1 else "dpm++"
+    result = run([sys.executable, "sample.py", "a red circle", "--ckpt", "run/ema.pt", "--sampler",
+                  sampler, "--steps", "4"])
+    assert result.returncode == 0 and (tmp_path / "out.png").exists(), result.stderr
+    # and the mathematics: from an oracle's answers, the sampler finds its way back to the truth
+    code = ("import torch, gentron as G\n"
+            f"s = G.NoiseSchedule(*{('straight', 'flow') if number == 2 else ('cosine', 'v')})\n"
+            "truth, noise = torch.randn(2, 1, 4, 4, 4), torch.randn(2, 1, 4, 4, 4)\n"
+            "def oracle(z, t):\n"
+            "    a, b = s.at(t, z)\n"
+            "    return s.target(truth, t, (z - a * truth) / b)\n"
+            "g = [torch.Generator().manual_seed(k) for k in range(2)]\n"
+            f"z = s.sample(oracle, noise, 10, '{sampler}', g)\n"
+            "assert (z - truth).abs().max() < 1e-4, (z - truth).abs().max()")
+    result = run([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
 
 
 def test_bad_steps_are_skipped_counted_and_never_saved(tmp_path, monkeypatch, capsys):

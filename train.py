@@ -1255,8 +1255,8 @@ def train(args):
             if why:
                 break
     if in_a_row:
-        raise ValueError(f"the last {in_a_row} steps, up to {done}, had no finite gradient and were "
-                         f"not saved; try a lower --lr, or --precision fp32")
+        raise ValueError(f"the last {in_a_row} steps, up to {done}, had no finite gradient and "
+                         f"were not saved; try a lower --lr, or --precision fp32")
     finish(out, done, why, prompts[0], args)
     return 0
 
