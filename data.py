@@ -925,11 +925,13 @@ def _moving(frames, mine, scene):
             if found != wanted:
                 parts[part] = False
                 reasons.append(f"{name} is {found}, not {wanted}")
-            # Against the even walk from its first place to its last; radii count as diameters.
+            # Against the even walk that fits it best (least squares); radii count as diameters.
             track = track * (1, 1, 2)
-            u = np.linspace(0, 1, len(track))[:, None]       # (F, 1)
-            off = abs(track - (track[0] * (1 - u) + track[-1] * u)).max()
-            step = abs(track[-1] - track[0]).max() / (len(track) - 1)
+            u = np.linspace(0, 1, len(track))
+            basis = np.stack([1 - u, u], 1)                  # (F, 2)
+            ends = np.linalg.lstsq(basis, track, rcond=None)[0]                       # (2, 3)
+            off = abs(track - basis @ ends).max()
+            step = abs(ends[1] - ends[0]).max() / max(1, len(track) - 1)
             # Frames out of order are off by a step and more. A thing at rest has no step, and is
             # allowed 1.6 pixels of 64
             if off > max(0.025, 0.6 * step):
