@@ -448,14 +448,16 @@ class NoiseSchedule:
         # (z, v) is (z0, eps) turned by an angle, as alpha^2 + sigma^2 = 1: turn it back
         return alpha * z - sigma * out, sigma * z + alpha * out
 
-    def draw_timesteps(self, n, generator):
-        """n training timesteps, (n,) whole numbers. Uniform for eps, as in DDPM and the paper."""
+    def draw_timesteps(self, n, generator, frames=1):
+        """n training timesteps, (n,) whole numbers, for clips of so many frames. Uniform for eps,
+        as in DDPM and the paper."""
         if self.objective == "eps":
             return torch.randint(self.steps, (n,), generator=generator)
-        # OURS: for v a logit-normal as in Esser et al. 2024, but at more noise (mean 1, not 0) and
-        # wider (1.5, not 1): what goes where, and which way it moves, is decided near pure noise,
-        # and is the hardest to learn. Edges and colours come by themselves.
-        x = 1 + 1.5 * torch.randn(n, generator=generator)
+        # OURS: for v a logit-normal (Esser et al. 2024), most in the middle, where shapes are
+        # decided; wider than theirs, as what goes where is decided near pure noise. F frames show
+        # one scene F times: averaged, they hold sqrt(F) times less noise. So that a clip is as
+        # well hidden as a picture is, alpha / sigma is divided by that: log(F) / 2 more.
+        x = math.log(frames) / 2 + 1.5 * torch.randn(n, generator=generator)
         return (torch.sigmoid(x) * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, n):
@@ -555,7 +557,7 @@ def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0):
     # Both drops are drawn even where the probability is 0, so changing it changes no other draw
     drop_text = torch.rand(shape[0], generator=g) < p_drop_text
     still = torch.rand(shape[0], generator=g) < p_still
-    t = schedule.draw_timesteps(shape[0], g) if schedule else torch.zeros(shape[0])
+    t = schedule.draw_timesteps(shape[0], g, shape[1]) if schedule else torch.zeros(shape[0])
     return Draws(t, torch.randn(shape, generator=g), drop_text, still)
 
 

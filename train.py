@@ -67,13 +67,13 @@ HERE = Path(__file__).resolve().parent
 # What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
 # 2048; OURS: nano has a quick small world to learn, so a high rate, a short EMA, v + cosine.
 # OURS in PAPER: the EMA, on which the paper is silent, and a batch that fewer GPUs can hold.
-QUICK = dict(lr=2e-3, lr_decay=2_000, batch_size=64, schedule="cosine", objective="v", ema=0.998,
+QUICK = dict(lr=2e-3, lr_decay=1_000, batch_size=64, schedule="cosine", objective="v", ema=0.998,
              steps=5_428, size=(64, 64))
 PAPER = dict(lr=1e-4, lr_decay=0, batch_size=256, schedule="linear", objective="eps", ema=0.9999,
              steps=500_000, size=(256, 256))
 # By stage: what differs from the above. OURS: a clip is eight pictures, so fewer clips a batch.
 STAGE = dict(vae=dict(batch_size=16, steps=6_000),
-             t2v=dict(batch_size=16, lr_decay=1_000, steps=4_500))
+             t2v=dict(batch_size=16, steps=4_500))
 WARMUP = 100            # OURS: steps over which the rate rises to --lr
 # Items of the shapes world a stage draws. The autoencoder never sees one twice in a default run;
 # the others encode theirs once and come back to them, and then only the Transformer costs time.
@@ -131,7 +131,7 @@ def parser():
     g.add_argument("--lr", type=share, help="AdamW's (nano: 2e-3; else 1e-4)")
     g.add_argument("--lr-decay", type=D.number(int, 0), metavar="STEP",
                    help="from this step on the rate falls as 1 / sqrt(step); 0 = it stays, as in "
-                        "the paper (nano: 2000, clips 1000)")
+                        "the paper (nano: 1000)")
     g.add_argument("--ema", type=share, help="decay of the averaged weights (nano: 0.998)")
     g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g = p.add_argument_group("the run")
