@@ -1533,6 +1533,40 @@ def test_the_shipped_autoencoder_keeps_what_the_judge_reads():
         assert z.mean().abs() < 0.3 and 0.7 < z.std() < 1.3
 
 
+GOLDEN = ["a red circle", "a green star", "a blue ring", "a yellow triangle"]
+
+
+def draw_golden():
+    """What the shipped model draws for GOLDEN, from seeds 0 .. 3: uint8 (4, 64, 64, 3). To renew
+    the picture that it is held against, when a new model ships:
+    python -c "import test_gentron as t; t.Image.fromarray(t.np.concatenate(t.draw_golden())).save('assets/golden.png')"
+    """
+    state = G.load_checkpoint(HERE / "assets" / "nano.pt")
+    net = G.build_net(state)
+    return G.generate(net.model, net.text, G.build_vae(state), net.schedule, GOLDEN, range(4))[:, 0]
+
+
+def test_the_shipped_model_draws_what_it_drew():
+    assert (HERE / "assets" / "nano.pt").stat().st_size < 16e6
+    drawn = draw_golden()
+    golden = np.asarray(Image.open(HERE / "assets" / "golden.png")).reshape(drawn.shape)
+    assert np.abs(drawn.astype(float) - golden).mean() < 2
+    for pictures in (drawn, golden):
+        assert all(D.judge(picture, prompt) for picture, prompt in zip(pictures, GOLDEN))
+
+
+def test_the_shipped_model_scores_above_its_floor(tmp_path):
+    """60 prompts; the floors leave room for n = 40 and 20, not for a model that has lost its way."""
+    flags = ["--bench", "--ckpt", str(HERE / "assets" / "nano.pt"), "--out", f"{tmp_path}/a.png"]
+    assert sample.main([*flags, "--category", "single", "--n", "40",
+                        "--json", f"{tmp_path}/a.json"]) == 0
+    assert sample.main([*flags, "--category", "motion", "--n", "20", "--frames", "8",
+                        "--json", f"{tmp_path}/b.json"]) == 0
+    pictures, clips = (json.loads((tmp_path / f).read_text())["categories"]
+                       for f in ("a.json", "b.json"))
+    assert pictures["single"]["score"] >= 0.8 and clips["motion"]["moves_right"] >= 0.4
+
+
 def test_a_checkpoint_is_whole_or_refused(tmp_path):
     path = save_tiny_vae(tmp_path / "a.pt")
     assert G.load_checkpoint(path)["stage"] == "vae"
