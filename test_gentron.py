@@ -1537,10 +1537,8 @@ GOLDEN = ["a red circle", "a green star", "a blue ring", "a yellow triangle"]
 
 
 def draw_golden():
-    """What the shipped model draws for GOLDEN, from seeds 0 .. 3: uint8 (4, 64, 64, 3). To renew
-    the picture that it is held against, when a new model ships:
-    python -c "import test_gentron as t; t.Image.fromarray(t.np.concatenate(t.draw_golden())).save('assets/golden.png')"
-    """
+    """What the shipped model draws for GOLDEN, from seeds 0 .. 3: uint8 (4, 64, 64, 3). When a new
+    model ships: Image.fromarray(np.concatenate(draw_golden())).save("assets/golden.png")."""
     state = G.load_checkpoint(HERE / "assets" / "nano.pt")
     net = G.build_net(state)
     return G.generate(net.model, net.text, G.build_vae(state), net.schedule, GOLDEN, range(4))[:, 0]
@@ -1556,7 +1554,7 @@ def test_the_shipped_model_draws_what_it_drew():
 
 
 def test_the_shipped_model_scores_above_its_floor(tmp_path):
-    """60 prompts; the floors leave room for n = 40 and 20, not for a model that has lost its way."""
+    """60 prompts; the floors leave room for so few, not for a model that has lost its way."""
     flags = ["--bench", "--ckpt", str(HERE / "assets" / "nano.pt"), "--out", f"{tmp_path}/a.png"]
     assert sample.main([*flags, "--category", "single", "--n", "40",
                         "--json", f"{tmp_path}/a.json"]) == 0
