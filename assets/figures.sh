@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes again, in the README's order, every number and picture of it that CPU cores can make. In an empty folder:
+# Makes again, in the README's order, most numbers and pictures of it that CPU cores can make. In an empty folder:
 #
 #     sh PATH_TO_THE_REPOSITORY/assets/figures.sh
 #
-# takes about two hours on two cores. Pictures and JSON come into ./figures, runs into ./runs; tables are printed.
+# takes hours. Pictures and JSON come into ./figures, runs into ./runs; tables are printed.
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 train="python $here/train.py"
