@@ -110,6 +110,7 @@ class Thing:
     motion: str = ""                     # one of MOTIONS in a clip, "" in a picture
 
     def words(self):
+        """As it stands in a caption: "two small striped red circles"; "a", or "an", is one."""
         number = next(word for word, n in COUNTS.items() if n == self.count)
         noun = self.shape if self.count == 1 else plural(self.shape)
         words = (number, self.size, self.texture, self.color, noun, self.motion)
@@ -132,6 +133,7 @@ class Scene:
     tracks: np.ndarray = field(default=None, repr=False)
 
     def caption(self):
+        """The sentence; `parse` reads it back."""
         first, *rest = [thing.words() for thing in self.things]
         if self.relation:
             first += f" {self.relation} {rest.pop(0)}"
@@ -494,6 +496,7 @@ class Seen:
     owned: np.ndarray = field(repr=False)                    # bool (H, W): the pixels it shows
 
     def words(self):
+        """For a reason: "red circle", "colorless object"."""
         shape = "object" if self.shape == "unclear" else self.shape
         return f"{'colorless' if self.color == 'unclear' else self.color} {shape}"
 
@@ -1155,6 +1158,7 @@ class Folder:
 
     @property
     def captions(self):
+        """All captions, in the order of the items."""
         return [caption for _, caption in self.items]
 
     def __getitem__(self, i):
@@ -1672,6 +1676,7 @@ def picture_size(text):
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
     def error(self, message):
+        """Prints one line where argparse prints its usage too; exit code 2."""
         print(f"error: {message}; try --help", file=sys.stderr)
         raise SystemExit(2)
 

@@ -171,11 +171,12 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, written out: softmax(q k^T / sqrt(D / h)) v, for all three uses.
+    """Multi-head attention, written out: softmax(q k^T / sqrt(D / h)) v, for all its uses.
 
     self:      attention(x)                       tokens of one frame look at each other
     cross:     attention(x, kv=..., mask=...)     image tokens look at text tokens
     temporal:  attention(x, pos=..., motion=...)  one token's F moments look at each other
+    words:     attention(x, mask=..., pos=...)    in the small text encoder
     """
     def __init__(self, width, heads, kv_dim=None):
         super().__init__()
@@ -205,11 +206,11 @@ class Attention(nn.Module):
         if pos is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)    # (B, h, T, D/h)
         else:
-            # q and k are turned by their frame's time, so q . k sees how far apart two frames are.
-            # OURS: v is turned too, and the answer turned back: what frame i hears from frame j is
-            # turned by j - i, "this, so much later". Frames of pure noise differ in nothing else;
-            # without it they could not tell first from last, and so not left from right. A frame
-            # that sees only itself gets v as it is: a still stays a still.
+            # q and k are turned by their time (a word: by its place), so q . k sees how far apart
+            # two frames are. OURS: v is turned too, and the answer turned back: what frame i hears
+            # from frame j is turned by j - i, "this, so much later". Frames of pure noise differ in
+            # nothing else; without it they could not tell first from last, and so not left from
+            # right. A frame that sees only itself gets v as it is: a still stays a still.
             q, k, turned = turn(q, pos), turn(k, pos), turn(v, pos)
             y = turn(F.scaled_dot_product_attention(q, k, turned, attn_mask=mask), -pos)
         if motion is not None:
@@ -448,9 +449,14 @@ class NoiseSchedule:
         # (z, v) is (z0, eps) turned by an angle, as alpha^2 + sigma^2 = 1: turn it back
         return alpha * z - sigma * out, sigma * z + alpha * out
 
-    def draw_timesteps(self, n, generator, frames=1):
+    def draw_timesteps(self, n, generator, frames=1, layout=False):
         """n training timesteps, (n,) whole numbers, for clips of so many frames. Uniform for eps,
-        as in DDPM and the paper."""
+        as in DDPM and the paper. layout: of the noisiest three tenths only."""
+        if layout:
+            # OURS: near pure noise nothing is left to learn but what goes where, the one thing that
+            # only the text tells. Begun there, "left of" is learned within 500 steps and kept; in
+            # the crowd of all noise levels, which pull harder, not in 5,000.
+            return torch.randint(7 * self.steps // 10, self.steps, (n,), generator=generator)
         if self.objective == "eps":
             return torch.randint(self.steps, (n,), generator=generator)
         # OURS: for v a logit-normal (Esser et al. 2024), most in the middle, where shapes are
@@ -547,7 +553,7 @@ class Draws:
         return Draws(self.t[part], self.noise[part], self.drop_text[part], self.still[part])
 
 
-def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0):
+def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0, layout=False):
     """Draws for the whole global batch of one step, shape (B, F, C, H, W): a function of seed and
     step alone. Processes and micro-batches take slices of it, so their number never changes a run,
     nor does stopping and going on. Drawn on the CPU: the same on every device."""
@@ -557,7 +563,8 @@ def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0):
     # Both drops are drawn even where the probability is 0, so changing it changes no other draw
     drop_text = torch.rand(shape[0], generator=g) < p_drop_text
     still = torch.rand(shape[0], generator=g) < p_still
-    t = schedule.draw_timesteps(shape[0], g, shape[1]) if schedule else torch.zeros(shape[0])
+    t = (schedule.draw_timesteps(shape[0], g, shape[1], layout) if schedule
+         else torch.zeros(shape[0]))
     return Draws(t, torch.randn(shape, generator=g), drop_text, still)
 
 
@@ -665,12 +672,15 @@ class WordEncoder(nn.Module):
         rows = [(row + [self.PAD] * L)[:L] for row in rows]                # each L long
         ids = torch.tensor(rows, device=self.words.weight.device)          # (B, L)
         mask = ids != self.PAD                                             # (B, L)
-        # Word order matters ("a left of b"), so every word gets its place
+        # Word order matters ("a left of b"): every word has its place, and hears the others turned
+        # by how many words later they come, as frames do. OURS: so "left of" is at once one thing
+        # to the noun before it and another to the noun behind it; places alone take ten times as
+        # long to tell the two apart.
+        place = torch.arange(L, device=ids.device)
         words = self.words(ids)                                            # (B, L, dim)
-        x = words + sincos(torch.arange(L, device=ids.device), self.dim)
+        x = words + sincos(place, self.dim)
         for attn, mlp in zip(self.attn, self.mlp):
-            y = norm(x)
-            x = x + attn(y, attn.keys_values(y), mask)                     # (B, L, dim)
+            x = x + attn(norm(x), mask=mask, pos=place)                    # (B, L, dim)
             x = x + mlp(norm(x))
         # OURS: half of a token is the word itself. Without it, words that the model cannot tell
         # apart yet (left and right, before it places things) grew alike for good: what they share
@@ -823,7 +833,7 @@ class FrozenEncoder(nn.Module):
 # -----------------------------------------------------------------------------
 
 class ResBlock(nn.Module):
-    """x + conv(conv(x)), each behind a GroupNorm and a SiLU: (B, C, H, W) -> the same shape."""
+    """x + conv(conv(x)), each behind a GroupNorm and a SiLU."""
     def __init__(self, channels):
         super().__init__()
         # GroupNorm, not BatchNorm: latents of a picture must not depend on the rest of its batch
@@ -833,6 +843,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
+        """(B, C, H, W) -> the same shape."""
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
 
@@ -1111,7 +1122,7 @@ KINDS = {
     "config": {"depth": int, "width": int, "heads": int, "patch_size": int, "in_channels": int,
                "text_dims": [int], "conditioning": str, "temporal": bool},
     "text": {"spec": lambda x: type(x) is str and x.count("+") < 8, "vocabulary": [str],
-             "dim": whole(4, 65536, 4)},
+             "dim": whole(8, 65536, 8)},
     "schedule": {"kind": str, "objective": str},
     "vae": ({"config": {"encoder": [int], "decoder": [int], "channels": int, "kl": float},
              "weights": WEIGHTS}, {"name": str}),

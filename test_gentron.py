@@ -426,6 +426,8 @@ def test_training_timesteps_are_uniform_for_eps_and_logit_normal_for_v():
         t = (schedule.draw_timesteps(n, g, frames) + 0.5) / 1000
         assert t.min() > 0 and t.max() < 1 and t.median() == pytest.approx(median, abs=0.01)
         assert torch.logit(t.double()).std() == pytest.approx(1.5, abs=0.05)
+    t = schedule.draw_timesteps(n, g, layout=True)                  # near pure noise, evenly
+    assert t.min() == 700 and t.max() == 999 and t.float().mean() == pytest.approx(849.5, abs=2)
 
 
 def test_schedules_are_what_they_say():
@@ -559,6 +561,16 @@ def test_small_encoder_ignores_padding_order_matters_and_unknown_words_are_named
     assert encoder.unknown("a rde circle") == ["rde"]
     assert G.split_words("An orange, circle!") == ["a", "orange", "circle"]
     assert G.split_words("红色圆 red") == ["红", "色", "圆", "red"]
+
+
+def test_words_hear_how_far_away_the_others_are(monkeypatch):
+    """Without places of their own they still know before from behind: attention turns what they
+    hear, as it does between frames."""
+    encoder = randomised(G.TextEncoder("small", D.vocabulary(), dim=24))
+    monkeypatch.setattr(G, "sincos", lambda position, dim: torch.zeros(*position.shape, dim))
+    text = encoder(["red left blue", "blue left red", "left red blue"])
+    red = [text.tokens[0][0, 1], text.tokens[0][1, 3], text.tokens[0][2, 2]]
+    assert largest(red[0], red[1]) > 1e-3 and largest(red[0], red[2]) > 1e-3
 
 
 def test_no_word_drowns_in_what_it_shares_with_others():
@@ -1710,12 +1722,14 @@ def test_an_item_without_motion_is_a_picture_with_its_own_caption():
         def __getitem__(self, places):
             z = torch.stack([torch.full((self.frames, 4, 2, 2), self.value + p) for p in places])
             return z, [f"{self.name} {p}" for p in places]
-    args = SimpleNamespace(seed=0, p_motion_free=0.5, p_drop_text=0.1, own=slice(4, 16))
+    args = SimpleNamespace(seed=0, p_motion_free=0.5, p_drop_text=0.1, own=slice(4, 16),
+                           layout_steps=2)
     batches = train.joint_batches(args, Fake("clip", 3, 1000.0), Fake("picture", 1, 2000.0),
                                   G.NoiseSchedule(), (16, 3, 4, 2, 2), first=0)
     kinds = set()
-    for _, (z0, captions, draws) in zip(range(4), batches):
+    for step, (z0, captions, draws) in zip(range(4), batches):
         assert z0.shape == (12, 3, 4, 2, 2) and len(draws.t) == 12
+        assert (draws.t.min() >= 700) == (step < 2)                 # --layout-steps
         for z, caption, still in zip(z0, captions, draws.still.tolist()):
             name, place = caption.split()
             assert name == ("picture" if still else "clip")
@@ -2428,7 +2442,8 @@ def test_joint_training_from_two_caches(tmp_path, few, monkeypatch):
     assert (logged(direct) == logged(cached)).all()
 
 
-def test_cached_features_stand_in_for_frozen_encoders(pretrained, tmp_path, few, monkeypatch):
+def test_cached_features_stand_in_for_frozen_encoders(pretrained, tmp_path, few, monkeypatch,
+                                                      capsys):
     flags = ["--vae", str(pretrained / "vae"), "--size", "16"]
     spec = f"{pretrained}/clip+{pretrained}/t5"
     cache = encode(tmp_path, *flags, "--text", spec)
@@ -2453,6 +2468,11 @@ def test_cached_features_stand_in_for_frozen_encoders(pretrained, tmp_path, few,
     assert np.abs(logged(cached) / logged(direct) - 1).max() < 2e-3
     assert sample.main(["a red circle", "--ckpt", str(cached / "ema.pt"), "--steps", "2", "--out",
                         str(tmp_path / "out.png")]) == 0                # with the encoders again
+    capsys.readouterr()
+    assert train.main([*SMALL, "--benchmark", "--steps", "1", "--data", str(cache)]) == 0
+    out = capsys.readouterr().out                                       # how fast it is read
+    for what in ("latents", "latents with text features"):
+        assert re.search(rf": [1-9][\d,]* {what} a second, of 1x4x8x8", out)
 
 
 def test_encode_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch, capsys):

@@ -67,10 +67,10 @@ HERE = Path(__file__).resolve().parent
 # What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
 # 2048; OURS: nano has a quick small world to learn, so a high rate, a short EMA, v + cosine.
 # OURS in PAPER: the EMA, on which the paper is silent, and a batch that fewer GPUs can hold.
-QUICK = dict(lr=2e-3, lr_decay=1_000, batch_size=64, schedule="cosine", objective="v", ema=0.998,
-             steps=5_428, size=(64, 64))
-PAPER = dict(lr=1e-4, lr_decay=0, batch_size=256, schedule="linear", objective="eps", ema=0.9999,
-             steps=500_000, size=(256, 256))
+QUICK = dict(lr=2e-3, lr_decay=1_000, layout_steps=900, batch_size=64, schedule="cosine",
+             objective="v", ema=0.998, steps=5_428, size=(64, 64))
+PAPER = dict(lr=1e-4, lr_decay=0, layout_steps=0, batch_size=256, schedule="linear",
+             objective="eps", ema=0.9999, steps=500_000, size=(256, 256))
 # By stage: what differs from the above. OURS: a clip is eight pictures, so fewer clips a batch.
 STAGE = dict(vae=dict(batch_size=16, steps=6_000),
              t2v=dict(batch_size=16, steps=4_500))
@@ -132,6 +132,9 @@ def parser():
     g.add_argument("--lr-decay", type=D.number(int, 0), metavar="STEP",
                    help="from this step on the rate falls as 1 / sqrt(step); 0 = it stays, as in "
                         "the paper (nano: 1000)")
+    g.add_argument("--layout-steps", type=D.number(int, 0), metavar="STEP",
+                   help="until this step train near pure noise only, where it is decided what goes "
+                        "where; 0 = as in the paper (nano: 900)")
     g.add_argument("--ema", type=share, help="decay of the averaged weights (nano: 0.998)")
     g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g = p.add_argument_group("the run")
@@ -158,7 +161,7 @@ def parser():
                    help="print parameters, GFLOPs and memory for these flags; allocates nothing")
     g.add_argument("--benchmark", action="store_true",
                    help="time training steps on random data (t2v: for 1, 4, 8, 16, 32 frames), "
-                        "train nothing")
+                        "and a cache that --data names; train nothing")
     return p
 
 
@@ -913,8 +916,8 @@ def joint_batches(args, clips, pictures, schedule, shape, first):
     p_still = args.p_motion_free if pictures else 0.0
     for step in itertools.count(first):                     # the loop knows when to stop
         # For the global batch, then this process's slice: item j gets the same on any of them
-        draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text,
-                             p_still)[args.own]
+        draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text, p_still,
+                             layout=step < args.layout_steps)[args.own]
         z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
         z0 = torch.as_tensor(z0).float()                    # stored in fp16, noised in fp32
         still = draws.still.nonzero()[:, 0].tolist()        # which of own are pictures: s of them
@@ -1464,7 +1467,8 @@ def peak_memory(args):
 
 def benchmark(args):
     """Times training steps on random latents and text, one line a setting. With --conditioning
-    adaln and diffusers installed, its DiT of the same sizes is timed too. Writes nothing."""
+    adaln and diffusers installed, its DiT of the same sizes is timed too. A cache of --data is read
+    for the clock. Writes nothing."""
     prepare(args)
     flags = [f"--{name.replace('_', '-')}" for name in ("fsdp", "compile", "checkpoint_activations")
              if getattr(args, name)]
@@ -1477,6 +1481,8 @@ def benchmark(args):
         time_training(args, frames)
     if args.stage == "t2v":
         time_guidance(args, args.frames or 8)
+    if D.cache_index(args.data):
+        time_cache(args, D.Cache(args.data))
     return 0
 
 
@@ -1568,6 +1574,21 @@ def time_guidance(args, frames):
     print_main(args, f"guided sampling step, {frames} frames: {1000 * batch:.1f} ms in one batch "
                      f"with the text read once, {1000 * three:.1f} ms in three forwards: "
                      f"{three / batch:.2f} times as fast")
+
+
+def time_cache(args, cache):
+    """One or two lines: how fast a cache feeds a run, latents alone, and the text's features."""
+    # From the second epoch on: the first walks straight through the files, which is easier
+    step = -(-len(cache) // args.batch_size)
+    batch = lambda turn: cache[places_of_step(args.seed, step + turn, args.batch_size, len(cache))]
+    ways = {"latents": batch}
+    if cache.encoders:
+        text = StoredText([cache], args.device)
+        ways["latents with text features"] = lambda turn: text(batch(turn)[1])
+    seconds = time_in_turn(ways, 10 * args.steps, args)
+    for name, times in seconds.items():
+        print_main(args, f"{cache.root}: {args.batch_size / float(np.median(times)):,.0f} {name} "
+                         f"a second, of {'x'.join(map(str, cache.shape))}")
 
 
 # -----------------------------------------------------------------------------
