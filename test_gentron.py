@@ -1755,6 +1755,24 @@ def test_other_flags_on_resume_are_refused_by_name(tmp_path, capsys):
     assert (tmp_path / "run.1" / "last.pt").read_bytes() == before
 
 
+def test_a_checkpoint_says_where_it_comes_from(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True,
+                                        capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    args = SimpleNamespace(device="cpu", seed=3)
+    assert train.provenance(args)["commit"] == ""           # no repository
+    git("init")
+    (tmp_path / "a.py").write_text("a = 1")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
+    git("tag", "v1")
+    made, head = train.provenance(args), git("rev-parse", "HEAD")
+    assert made["commit"] == head and (made["device"], made["seed"]) == ("cpu", 3)
+    assert made["torch"] == torch.__version__ and made["python"] and made["numpy"]
+    (tmp_path / "a.py").write_text("a = 2")                 # not quite that commit's file
+    assert train.provenance(args)["commit"] == f"{head}-dirty"
+
+
 def worked_changes():
     """The README's examples of changing things, a list for each ```diff block: [(file, lines as
     they are, lines as they become), ...] and how many lines are new."""

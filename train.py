@@ -791,9 +791,10 @@ def plot_log(log, path):
 def provenance(args):
     """Where a checkpoint comes from: commit, versions, device, seed. Numbers that nobody can make
     again are no numbers, and in a year nobody remembers."""
+    # The hash alone (no tag's name); "-dirty": these are not quite that commit's files
+    ask = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], timeout=5,
-                                capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(ask, timeout=5, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""                                         # no git, or no repository
     return {"commit": commit, "torch": str(torch.__version__), "numpy": np.__version__,
