@@ -1846,6 +1846,8 @@ def test_bad_steps_are_skipped_counted_and_never_saved(tmp_path, monkeypatch, ca
     before = (run / "last.pt").read_bytes()
     run_train(tmp_path, "--vae", vae, "--steps", "8", code=2)       # it ends while things are bad
     assert "the last 3 steps, up to 8," in capsys.readouterr().err
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [row["skipped"] for row in rows[4:]] == ["1", "2", "3", "4"]     # counted on
     run_train(tmp_path, "--vae", vae, "--steps", "50", "--save-every", "1", code=2)
     assert "try a lower --lr" in capsys.readouterr().err
     assert (run / "last.pt").read_bytes() == before

@@ -701,7 +701,7 @@ COLUMNS = ("step", *BANDS, "grad_norm", "skipped", "items_per_s")
 class Log:
     """log.csv, one row a step. On resume, rows beyond the checkpoint go: they will come again."""
     def __init__(self, path, first, main):
-        self.latest, self.file = collections.deque(maxlen=100), None
+        self.latest, self.file, self.skipped = collections.deque(maxlen=100), None, 0
         if not main:
             return                                          # one writer; all know the loss
         # A run that was killed may leave rows of steps that were never saved, half a row, or (after
@@ -711,7 +711,9 @@ class Log:
             with open(path, newline="", errors="replace") as file:
                 rows = [row for row in csv.reader(line.replace("\0", "") for line in file)
                         if len(row) == len(COLUMNS) and row[0].isdecimal()
-                        and int(row[0]) <= first]
+                        and row[-2].isdecimal() and int(row[0]) <= first]
+        if rows:
+            self.skipped = int(rows[-1][-2])                # steps skipped so far: counted on
         beside = path.with_name("log.csv.tmp")              # as in save_checkpoint: old or new
         with D.writing(path, beside):
             with open(beside, "w", newline="") as file:
@@ -1224,7 +1226,7 @@ def train(args):
     batches, preview = feed(args, net, ema, vae, dataset, pictures, prompts, first)
     (out / "samples").mkdir(exist_ok=True)
     log = Log(out / "log.csv", first, args.main)
-    skipped = in_a_row = 0
+    skipped, in_a_row = log.skipped, 0
     # `net` is built and saved, `parallel` is net as the processes share it, `ema` is what previews
     # draw with. (The bar is closed also by an error, whose one line then stands alone.)
     with tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True) as bar:
