@@ -12,7 +12,7 @@ mkdir -p figures
 
 # What you will see
 $train
-for step in 1000 2000 5000; do cp "runs/t2i/samples/00$step.png" "figures/demo-$step.png"; done
+for step in 1000 2000 5428; do cp "runs/t2i/samples/00$step.png" "figures/demo-$step.png"; done
 cp runs/t2i/loss.png figures/loss.png
 $train --stage t2v
 $train --stage t2v --p-motion-free 0 --init runs/t2i/ema.pt --out runs/t2v-nojoint
