@@ -454,8 +454,8 @@ class NoiseSchedule:
         as in DDPM and the paper. layout: of the noisiest three tenths only."""
         if layout:
             # OURS: near pure noise nothing is left to learn but what goes where, the one thing that
-            # only the text tells. Begun there, "left of" is learned within 500 steps and kept; in
-            # the crowd of all noise levels, which pull harder, not in 5,000.
+            # only the text tells. Begun there, "left of" is learned within 600 steps, and kept; in
+            # the crowd of all noise levels, which pull harder, there was no sign of it after 2,500.
             return torch.randint(7 * self.steps // 10, self.steps, (n,), generator=generator)
         if self.objective == "eps":
             return torch.randint(self.steps, (n,), generator=generator)
@@ -673,9 +673,9 @@ class WordEncoder(nn.Module):
         ids = torch.tensor(rows, device=self.words.weight.device)          # (B, L)
         mask = ids != self.PAD                                             # (B, L)
         # Word order matters ("a left of b"): every word has its place, and hears the others turned
-        # by how many words later they come, as frames do. OURS: so "left of" is at once one thing
-        # to the noun before it and another to the noun behind it; places alone take ten times as
-        # long to tell the two apart.
+        # by how many words later they come, as frames do. OURS: so from the first step "left of" is
+        # one thing to the noun before it and another to the noun behind it. With places alone the
+        # two were still alike when, with this, the model had long learned who stands where.
         place = torch.arange(L, device=ids.device)
         words = self.words(ids)                                            # (B, L, dim)
         x = words + sincos(place, self.dim)
