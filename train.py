@@ -78,6 +78,7 @@ WARMUP = 100            # OURS: steps over which the rate rises to --lr
 # Items of the shapes world a stage draws. The autoencoder never sees one twice in a default run;
 # the others encode theirs once and come back to them, and then only the Transformer costs time.
 DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)
+WIDER = dict(basic=1, full=3)       # times as many, for the two that come back, where more is said
 PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no run trains on
 
 
@@ -423,7 +424,8 @@ def open_data(args):
         # Labels name one class a picture, so there is one object in it
         level = "single" if args.text == "labels" else args.world
         stage = args.stage if args.stage != "encode" else "t2v" if frames > 1 else "t2i"
-        dataset = D.Shapes(level, DRAWN[stage], args.seed, args.size, frames)
+        n = DRAWN[stage] * (1 if stage == "vae" else WIDER[args.world])
+        dataset = D.Shapes(level, n, args.seed, args.size, frames)
         # The same twelve sentences in every run, so that runs can be compared by eye
         fresh = D.Shapes(level, 12, PREVIEW_SEED, args.size, frames)
         prompts = [fresh.scene(i).caption() for i in range(12)]
@@ -442,7 +444,8 @@ def open_data(args):
         if source is None:
             raise ValueError("joint training needs pictures beside the clips: --image-data FOLDER, "
                              "or --p-motion-free 0 to train on clips alone")
-        pictures = D.open_data(source, args.size, level=args.world, n=DRAWN["t2i"], seed=args.seed)
+        pictures = D.open_data(source, args.size, level=args.world,
+                               n=DRAWN["t2i"] * WIDER[args.world], seed=args.seed)
     return dataset, pictures, prompts
 
 
