@@ -1980,7 +1980,7 @@ def test_two_processes_are_one(tmp_path):
     """20 clipped steps on 1 process, on 2 with copies, on 2 with shards, and moved from 1 to 2 and
     from 2 to 1 after step 10: the same losses, norms, weights, averages and previews."""
     vae = save_tiny_vae(tmp_path / "vae.pt")
-    flags = [*SMALL, "--vae", vae, "--lr", "0.02", "--grad-accum", "2"]
+    flags = [*SMALL, "--vae", vae, "--lr", "0.02", "--layout-steps", "0", "--grad-accum", "2"]
     job = lambda name, steps, *more: [*flags, *more, "--steps", str(steps),
                                       "--out", str(tmp_path / name)]
     often = ["--sample-every", "5"]         # previews must not disturb the run, nor lag behind it
