@@ -479,6 +479,21 @@ def test_drop_rates_and_motion_are_as_asked():
     assert not torch.equal(draws[16].noise, draws[17].noise)
 
 
+def test_stills_train_without_motion_and_clips_with_it():
+    """Paper 3.4: the loss of a still is that of temporal attention under the identity mask."""
+    encoder = randomised(G.TextEncoder("small", D.vocabulary(), dim=24))
+    model, schedule = tiny(temporal=True), G.NoiseSchedule("cosine", "v")
+    z0, captions = noise(4, 3, 4, 4, 4), ["a red circle", "a blue star", "a pink ring", ""]
+    draws = G.randomness(0, 0, z0.shape, schedule)
+    draws.still = torch.tensor([True, False, False, True])
+    losses = G.training_loss(model, encoder, schedule, z0, captions, draws)
+    z, target = (f(z0, draws.t, draws.noise) for f in (schedule.q_sample, schedule.target))
+    on, off = ((model(z, draws.t, encoder(captions), torch.full((4,), motion)) - target)
+               .square().flatten(1).mean(1) for motion in (True, False))
+    assert largest(losses, torch.where(draws.still, off, on)) < 1e-6
+    assert (abs(on - off) > 1e-4).all()                             # or this says nothing
+
+
 # -----------------------------------------------------------------------------
 # Guidance and text
 # -----------------------------------------------------------------------------
