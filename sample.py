@@ -709,7 +709,8 @@ def draw(args):
         clips = sampler(prompts, seeds)
         with D.writing(path):
             write(clips, prompts, path, folder, sampler.fps)
-    print(f"wrote {path}: {len(prompts)} {'clips' if args.frames > 1 else 'pictures'} in "
+    what = ("clip" if args.frames > 1 else "picture") + "s" * (len(prompts) > 1)
+    print(f"wrote {path}: {len(prompts)} {what} in "
           f"{time.monotonic() - started:.1f} s")
     return 0
 

@@ -1649,6 +1649,19 @@ def test_the_learning_rate_rises_and_falls_and_never_asks_how_long():
     assert train.learning_rate(10 ** 6, args) == 2e-3
 
 
+def test_gradients_are_clipped_to_a_norm_of_one_and_bad_ones_change_nothing():
+    weight, average = torch.nn.Parameter(torch.zeros(4)), torch.zeros(4)
+    optimizer, args = torch.optim.SGD([weight], lr=1), SimpleNamespace(lr=1, lr_decay=0, ema=0.5)
+    weight.grad = torch.full((4,), 2.5)                             # of norm 5
+    assert train.update([weight], [average], optimizer, 99, args) == pytest.approx(5)
+    assert weight.norm().item() == pytest.approx(1, abs=1e-5)       # plain descent at a rate of 1
+    assert average.norm().item() == pytest.approx(0.5, abs=1e-5)
+    before = weight.detach().clone(), average.clone()
+    weight.grad = torch.tensor([1.0, math.nan, 0, 0])
+    assert math.isnan(train.update([weight], [average], optimizer, 99, args))
+    assert torch.equal(weight, before[0]) and torch.equal(average, before[1])
+
+
 def test_ema_equals_its_closed_form(tmp_path, monkeypatch):
     """Run 12 real steps, keep the first weight of each, average them by hand."""
     vae, history = save_tiny_vae(tmp_path / "vae.pt"), []
