@@ -474,13 +474,14 @@ class NoiseSchedule:
         # Trailing, because sampling begins with pure noise: the first step must be the noisiest
         return [round(self.steps - k * self.steps / n) - 1 for k in range(n)]
 
-    def denoise(self, predict, z, steps=25, sampler="dpm++", generators=None):
+    def denoise(self, predict, z, steps=25, sampler="ddpm", generators=None):
         """Generator: walks from noise z (B, ...) to clean latents and yields (t, z, z0) after each
         step: the timestep just used, the latents now, the estimate of the clean latents. The last z
         is z0.
 
-        predict(z, t) -> the raw output. sampler: "ddim" (Song et al. 2021, eta = 0), "ddpm" (Ho et
-        al. 2020, with one torch.Generator an item) or "dpm++" (Lu et al. 2022, DPM-Solver++(2M)).
+        predict(z, t) -> the raw output. sampler: "ddpm" (Ho et al. 2020, with one torch.Generator
+        an item, or torch's own), "ddim" (Song et al. 2021, eta = 0) or "dpm++" (Lu et al. 2022,
+        DPM-Solver++(2M)).
         Raises ValueError for another sampler, or steps outside of 1 .. self.steps."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
@@ -495,7 +496,7 @@ class NoiseSchedule:
             before = (z0, t)
             yield t, z, z0
 
-    def sample(self, predict, z, steps=25, sampler="dpm++", generators=None):
+    def sample(self, predict, z, steps=25, sampler="ddpm", generators=None):
         """`denoise` to the end: noise (B, ...) -> clean latents (B, ...)."""
         for _, z, _ in self.denoise(predict, z, steps, sampler, generators):
             pass
@@ -514,12 +515,13 @@ def ddpm(schedule, z, z0, eps, t, s, before, generators):
     an item (but none at the last step). (B, ...) -> (B, ...)."""
     if s < 0:
         return z0                                         # no noise behind the last step
-    a_t, a_s = schedule.alpha[t].item() ** 2, schedule.alpha[s].item() ** 2    # Ho's alpha-bar
-    beta = 1 - a_t / a_s                                  # of the whole stride from s to t
-    mean = (a_s ** 0.5 * beta * z0 + (a_t / a_s) ** 0.5 * (1 - a_s) * z) / (1 - a_t)
+    (a_t, a_s), (s_t, s_s) = (x[[t, s]].tolist() for x in (schedule.alpha, schedule.sigma))
+    beta = s_t ** 2 - (a_t / a_s * s_s) ** 2              # of the whole stride from s to t
+    mean = (a_s * beta * z0 + a_t / a_s * s_s ** 2 * z) / s_t ** 2
     # Drawn item by item, on the CPU: a picture depends on its own seed, not on batch or device
-    fresh = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
-    return mean + math.sqrt(beta * (1 - a_s) / (1 - a_t)) * fresh
+    fresh = torch.stack([torch.randn(z.shape[1:], generator=g)
+                         for g in generators or [None] * len(z)]).to(z)
+    return mean + math.sqrt(beta) * s_s / s_t * fresh
 
 
 def dpm_solver_pp(schedule, z, z0, eps, t, s, before, generators):
@@ -1000,7 +1002,7 @@ def to_uint8(x):
 
 @torch.no_grad()
 def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=4.0,
-             motion_scale=1.0, steps=25, sampler="dpm++", device="cpu", on_step=None):
+             motion_scale=1.0, steps=25, sampler="ddpm", device="cpu", on_step=None):
     """B prompts and B seeds -> uint8 pictures (B, F, H, W, 3), a numpy array. size: H and W in
     pixels. cfg and motion_scale: see `guided`. Item i depends on prompts[i] and seeds[i] alone,
     never on its place in a batch. on_step(t, z, z0) is called after each step. Raises ValueError

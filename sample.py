@@ -94,7 +94,10 @@ def parser():
                         "paper's are 1.0 to 1.3; 'off' = no motion, each frame sees itself alone")
     g.add_argument("--steps", type=listed(D.number(int, 1, 1000)), default=[25],
                    help="of the sampler (25)")
-    g.add_argument("--sampler", choices=tuple(G.SAMPLERS), default="dpm++")
+    # OURS: of the paper's nothing is known. The fresh noise of ddpm lets later steps mend what
+    # early ones got wrong: of prompts for two shapes 88 in 100 came out right, with dpm++ 76
+    g.add_argument("--sampler", choices=tuple(G.SAMPLERS), default="ddpm",
+                   help="(ddpm, right most often here; ddim and dpm++ add no noise on the way)")
     # For memory alone: no picture depends on its batch
     g.add_argument("--batch-size", type=D.number(int, 1, 4096), default=50, help="at a time (50)")
     g.add_argument("--device", help="cpu, cuda, mps ... (the best there is)")

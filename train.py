@@ -955,9 +955,10 @@ def preview_vae(path, vae, dataset, args):
 def preview_samples(path, net, vae, dataset, prompts, args):
     """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Every
     process draws (a sharded model needs them all), the first one writes."""
-    # Seeds 0, 1, 2 ...: only the weights differ from one preview to the next
+    # Seeds 0, 1, 2 ... and a sampler without fresh noise: what differs from one preview to the next
+    # are the weights
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
-                       args.size, args.frames or 1, device=args.device)
+                       args.size, args.frames or 1, sampler="dpm++", device=args.device)
     for piece in pieces(net):                               # --fsdp: a forward leaves its weights
         piece.reshard()                                     # whole, but the shares are what trains
     notes, verdict = None, ""                               # of real data nobody knows the truth
