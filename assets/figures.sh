@@ -18,14 +18,19 @@ $train --stage t2v
 
 # How the shipped model was made, but for the autoencoder; and the same clips without stills, for the table
 $train --world full --steps 20000 --layout-steps 2000 --ema 0.9995 --out runs/full
-??T2VSH
+video="--stage t2v --init runs/full/ema.pt --lr 1.5e-3 --ema 0.9995"
+$train $video --p-motion-free 0.3 --steps 3000 --out runs/full-t2v
+cp runs/full-t2v/ema.pt runs/joint-3000.pt
+$train $video --p-motion-free 0.3 --steps 9000 --out runs/full-t2v      # goes on; its ema.pt is assets/nano.pt
+$train $video --p-motion-free 0 --steps 3000 --out runs/nojoint
 
 # A world whose truth is known; grade it, compare it, look inside; the pictures on top: of the model that ships
 shipped="--ckpt $here/assets/nano.pt"
 python "$here/data.py" --preview figures/world.png
-??HERO
-$sample $shipped "a green star and a pink ring" "a red circle and a blue square" --strip --out figures/strip.png
-$sample $shipped "a red circle and a blue square" --seed 1 --attention --out figures/attention.png
+$sample $shipped "a striped red circle left of a blue star" "three yellow circles" "a large green triangle above a small pink square" "a checkered purple ring" "a blue square and a dotted orange star" "two cyan crosses and a red ring" "an orange cross right of a purple circle" "a dotted pink circle" "a green star below a yellow ring" "a blue circle and a red square" "a large striped yellow square" "four small blue stars" --out figures/hero.png
+$sample $shipped "a large red circle moving left" "a green square moving up" "a striped blue ring growing" "a pink star staying still" "a yellow triangle moving right" "a cyan cross shrinking" --frames 8 --out figures/hero.gif
+$sample $shipped "a green star and a pink ring" "a striped red circle left of a blue star" --strip --out figures/strip.png
+$sample $shipped "a striped red circle left of a blue star" --seed 1 --attention --out figures/attention.png
 
 # Measured: the model that ships, the quarter of an hour, text to video, motion-free guidance
 bench() { name=$1; shift; $sample --bench --json "figures/$name.json" --out "figures/$name.png" "$@"; }
@@ -35,9 +40,9 @@ for split in seen unseen; do
 done
 time bench quick --quick $shipped
 bench shipped-clips --frames 8 --category motion stillness identity motion-binding $shipped
-bench t2v --frames 8 --category motion identity motion-binding --ckpt runs/t2v/ema.pt
-bench t2v-still --frames 8 --category stillness --n 300 --ckpt runs/t2v/ema.pt
-??MFGSH
+bench t2v --frames 8 --category motion stillness identity motion-binding --ckpt runs/t2v/ema.pt
+bench motion --frames 8 --category motion --n 200 --motion off,1,1.1,1.3,2 \
+    --ckpt runs/joint-3000.pt,runs/nojoint/ema.pt
 
 # Measured: how text enters, and size
 for seed in 0 1; do
