@@ -756,6 +756,26 @@ def test_directions_and_motions_hold_in_the_tracks():
             assert motion in D.STEPS or dx == dy == 0
 
 
+def test_words_mean_what_they_say():
+    """In pixels, for drawer and judge share their tables, and could be wrong together: x grows to
+    the right, y down."""
+    def middle(frame, color):
+        return np.argwhere((frame == D.COLORS[color]).all(-1)).mean(0)          # y, x
+    for relation, axis, sign in (("left of", 1, -1), ("right of", 1, 1), ("above", 0, -1),
+                                 ("below", 0, 1)):
+        frame = D.truth(f"a red circle {relation} a blue square")[0]
+        away = middle(frame, "red") - middle(frame, "blue")
+        assert sign * away[axis] > 10, relation
+    for motion, axis, sign in (("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)):
+        clip = D.truth(f"a red circle moving {motion}", frames=8)
+        way = middle(clip[-1], "red") - middle(clip[0], "red")
+        assert sign * way[axis] > 10 and abs(way[1 - axis]) < 1, motion
+    for motion, sign in (("growing", 1), ("shrinking", -1)):
+        clip = D.truth(f"a red circle {motion}", frames=8)
+        area = [(frame == D.COLORS["red"]).all(-1).sum() for frame in clip]
+        assert (np.diff(area) * sign > 0).all(), motion
+
+
 @pytest.mark.parametrize("size", [(48, 96), (128, 128)])
 def test_other_sizes_are_drawn_and_read(size):
     for category in ("color", "shape", "spatial", "texture", "numeracy"):
@@ -932,6 +952,15 @@ def test_a_blank_or_noisy_picture_is_wrong_and_an_extra_object_is():
             verdict = D.judge(D.draw(scene), one)
             assert not D.passed(verdict, "single") and not verdict.parts["count"]
             assert f"an extra {two.split(' ', 1)[1]}" in verdict.reasons
+
+
+def test_ink_without_a_pattern_is_no_texture():
+    for texture in D.TEXTURES:
+        frame = D.truth(f"a large {texture} red square")[0]
+        inside = (abs(frame.astype(int) - D.GROUND) > 60).any(-1)
+        pixels = frame[inside]                              # the same pixels, in any order
+        frame[inside] = np.random.default_rng(0).permutation(pixels)
+        assert not D.judge(frame, f"a large {texture} red square").parts["texture"]
 
 
 @pytest.mark.parametrize("motion", D.MOTIONS[:-1])
