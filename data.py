@@ -166,6 +166,15 @@ def parse(caption):
     return Scene(things, groups[6] or "")
 
 
+def is_picture(caption):
+    """Is it a sentence of the world that names no motion? Asked for as a clip, it stands still.
+    False for any other sentence: of real clips nobody knows."""
+    try:
+        return not any(thing.motion for thing in parse(caption).things)
+    except ValueError:
+        return False
+
+
 # -----------------------------------------------------------------------------
 # 2. The shapes world: choosing a scene
 # -----------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def parser():
                    help="pictures a prompt, each from its own seed (1)")
     g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
     g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (as trained)")
-    g.add_argument("--frames", type=D.number(int, 1, 1024), default=1, help="above 1: a clip")
+    g.add_argument("--frames", type=D.number(int, 1, 1024), default=1,
+                   help="above 1: a clip, of a caption without motion a still one")
     g.add_argument("--fps", type=D.number(float, 0.01, 1000), help="(as trained)")
     g.add_argument("--out", help="FILE.png, FILE.gif, FILE.mp4, or a folder/ for one file a "
                                  "picture (out.png, out.gif); --bench: a PNG of what failed "
@@ -196,18 +197,27 @@ class Sampler:
 
     def __call__(self, prompts, seeds, what="sampling", on_step=None):
         """what: the progress bar's label; on_step: see `generate`."""
-        args, clips = self.args, []
+        args, clips = self.args, [None] * len(prompts)
+        # A picture's caption, asked for as a clip, is a still: the picture F times. That is what F
+        # frames of one noise that do not see each other come to (paper 3.4), for an F-th of the
+        # work; with temporal attention on, only a third of them stood still
+        kinds = {1: [], args.frames: []}                                   # frames: places
+        for k, prompt in enumerate(prompts):
+            kinds[1 if D.is_picture(prompt) else args.frames].append(k)
         with tqdm(total=len(prompts), desc=what, leave=False) as bar:
-            # By --batch-size, for memory's sake alone: each item has its own seed, and so the same
-            # noise whatever its batch
-            for i in range(0, len(prompts), args.batch_size):
-                part = slice(i, i + args.batch_size)
-                clips.append(G.generate(
-                    self.net.model, self.net.text, self.vae, self.net.schedule, prompts[part],
-                    seeds[part], self.size, args.frames, args.cfg, args.motion, args.steps,
-                    args.sampler, self.device, on_step))
-                bar.update(len(prompts[part]))
-        return np.concatenate(clips)                                       # (n, F, H, W, 3)
+            for frames, places in kinds.items():
+                # By --batch-size, for memory's sake alone: each item has its own seed, and so the
+                # same noise whatever its batch
+                for i in range(0, len(places), args.batch_size):
+                    part = places[i:i + args.batch_size]
+                    drawn = G.generate(
+                        self.net.model, self.net.text, self.vae, self.net.schedule,
+                        [prompts[k] for k in part], [seeds[k] for k in part], self.size, frames,
+                        args.cfg, args.motion, args.steps, args.sampler, self.device, on_step)
+                    for k, clip in zip(part, drawn):
+                        clips[k] = np.repeat(clip, args.frames // frames, axis=0)
+                    bar.update(len(part))
+        return np.stack(clips)                                             # (n, F, H, W, 3)
 
     @torch.no_grad()
     def decode(self, z):

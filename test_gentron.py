@@ -2736,6 +2736,25 @@ def test_motion_off_is_no_motion_anywhere(tiny_video):
     assert len(heard) == 1 and not heard[0].any()
 
 
+def test_a_pictures_caption_with_frames_is_a_still_of_that_picture(tiny_video):
+    flags = ["x", "--steps", "2", "--motion", "1.2", "--batch-size", "2", "--ckpt", tiny_video]
+    clips, pictures = (
+        sample.Sampler(sample.only_one(sample.parser().parse_args([*flags, "--frames", frames])),
+                       tiny_video)(["a red circle", "a red circle moving left", "a blue star"],
+                                   [0, 1, 2]) for frames in ("3", "1"))
+    assert clips.shape == (3, 3, 64, 64, 3)
+    for k in (0, 2):                                                # among clips that move
+        assert (clips[k] == clips[k][:1]).all()
+        assert abs(clips[k].astype(int) - pictures[k]).max() <= 1   # another batch may round up
+    assert (clips[1][0] != clips[1][1]).any()
+    # ... which is what motion-free frames of one noise are
+    state = G.load_checkpoint(tiny_video)
+    net, z = G.build_net(state), noise(1, 1, 4, 8, 8)
+    predict = G.guided(net.model, net.text(["a red circle"]), net.text([""]), 4.0, None)
+    one, three = (net.schedule.sample(predict, z.repeat(1, n, 1, 1, 1), 3, "ddim") for n in (1, 3))
+    assert largest(one.expand_as(three), three) < 1e-5
+
+
 def answers(a, b):
     """Makes --compare's two sides draw the truth where True is said, else an empty page."""
     truth = {"A": iter(a), "B": iter(b)}
