@@ -1622,6 +1622,19 @@ def advice(args):
             f"try {', '.join(flags)}")
 
 
+def end_workers():
+    """Kills what the loader has started; they ignore SIGTERM, so an exit that asks would wait."""
+    # A DataLoader's SIGCHLD handler raises when a worker dies, wherever the main process is just
+    # then: in the printing of a traceback, say, which ends in "lost sys.stderr". Not of these.
+    died = getattr(signal, "SIGCHLD", None)                 # Windows has none
+    handler = died and signal.signal(died, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    if died:
+        signal.signal(died, handler)
+
+
 def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
     args = parser().parse_args(argv)
@@ -1638,8 +1651,7 @@ def main(argv=None):
         print(f"error: {advice(args)}", file=sys.stderr)
         return 2
     finally:
-        for worker in multiprocessing.active_children():    # they ignore SIGTERM: exit would wait
-            worker.kill()
+        end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
 
