@@ -182,6 +182,11 @@ def is_picture(caption):
 # Words first, places after. Every number comes from one generator, in a fixed order: one more draw,
 # or two exchanged, changes all pictures of all seeds, and so every figure measured on them.
 
+# How often the full world says each, of a thing that can have it. So often that two textures, or
+# two counts, in one sentence are no rarity: what is to be told apart must have been seen together.
+SAID = {"count": 0.4, "size": 0.4, "texture": 0.5}
+
+
 def _pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
@@ -191,7 +196,8 @@ def _choose_words(rng, level, frames, pairs):
     n, relation = 1, ""
     if level != "single":
         n += int(rng.random() < (0.4 if frames > 1 else 0.6))
-    if n == 2 and frames == 1 and rng.random() < 0.6:       # else "and": relations are of pictures
+    if n == 2 and frames == 1 and rng.random() < (0.5 if level == "full" else 0.6):
+        # (else "and"; clips have no relations)
         relation = _pick(rng, RELATIONS if level == "full" else tuple(DIRECTIONS))
         n += int(level == "full" and rng.random() < 0.25)   # object relation object and object
     things = []
@@ -214,7 +220,7 @@ def _adorn(rng, things, k, relation):
     """Gives things[k] a count, a size and a texture, or leaves each unsaid."""
     thing, touches = things[k], relation in TOUCHING and k < 2
     # (a clip has no counts: what moves needs the room)
-    if not touches and not thing.motion and rng.random() < 0.3:
+    if not touches and not thing.motion and rng.random() < SAID["count"]:
         more = min(3, 5 - sum(t.count for t in things))     # at most five instances in a picture
         thing.count += int(rng.integers(more + 1))
     if touches:                                             # small inside, large around or behind
@@ -223,11 +229,11 @@ def _adorn(rng, things, k, relation):
         sizes = ()                                          # it has more than one
     else:
         sizes = ("small", "large") if thing.count == 1 else ("small",)     # room for all
-    if sizes and rng.random() < 0.35:
+    if sizes and rng.random() < SAID["size"]:
         thing.size = _pick(rng, sizes)
     # On something small a stripe would be 2.5 pixels of 64: too few to tell the patterns apart
     tiny = thing.size == "small" or (relation == "inside" and k == 0)
-    if not tiny and rng.random() < 0.35:
+    if not tiny and rng.random() < SAID["texture"]:
         thing.texture = _pick(rng, TEXTURES)
 
 
