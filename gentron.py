@@ -450,8 +450,9 @@ class NoiseSchedule:
         return alpha * z - sigma * out, sigma * z + alpha * out
 
     def draw_timesteps(self, n, generator, frames=1, layout=False):
-        """n training timesteps, (n,) whole numbers, for clips of so many frames. Uniform for eps,
-        as in DDPM and the paper. layout: of the noisiest three tenths only."""
+        """n training timesteps, (n,) whole numbers; frames: how many of an item's see each other, a
+        number or (n,). Uniform for eps, as in DDPM and the paper. layout: of the noisiest three
+        tenths only."""
         if layout:
             # OURS: near pure noise nothing is left to learn but what goes where, the one thing that
             # only the text tells. Begun there, "left of" is learned within 600 steps, and kept; in
@@ -463,7 +464,7 @@ class NoiseSchedule:
         # decided; wider than theirs, as what goes where is decided near pure noise. F frames show
         # one scene F times: averaged, they hold sqrt(F) times less noise. So that a clip is as
         # well hidden as a picture is, alpha / sigma is divided by that: log(F) / 2 more.
-        x = math.log(frames) / 2 + 1.5 * torch.randn(n, generator=generator)
+        x = torch.as_tensor(frames).log() / 2 + 1.5 * torch.randn(n, generator=generator)
         return (torch.sigmoid(x) * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, n):
@@ -565,7 +566,9 @@ def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0, l
     # Both drops are drawn even where the probability is 0, so changing it changes no other draw
     drop_text = torch.rand(shape[0], generator=g) < p_drop_text
     still = torch.rand(shape[0], generator=g) < p_still
-    t = (schedule.draw_timesteps(shape[0], g, shape[1], layout) if schedule
+    # A still's frames do not see each other: by its noise it is a picture
+    frames = torch.where(still, 1, shape[1])
+    t = (schedule.draw_timesteps(shape[0], g, frames, layout) if schedule
          else torch.zeros(shape[0]))
     return Draws(t, torch.randn(shape, generator=g), drop_text, still)
 

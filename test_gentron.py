@@ -426,6 +426,9 @@ def test_training_timesteps_are_uniform_for_eps_and_logit_normal_for_v():
         t = (schedule.draw_timesteps(n, g, frames) + 0.5) / 1000
         assert t.min() > 0 and t.max() < 1 and t.median() == pytest.approx(median, abs=0.01)
         assert torch.logit(t.double()).std() == pytest.approx(1.5, abs=0.05)
+    draws = G.randomness(0, 0, (n, 4, 1, 1, 1), schedule, p_still=0.5)     # stills: as pictures
+    for part, median in ((draws.still, 0.5), (~draws.still, 2 / 3)):
+        assert (draws.t[part] / 1000).median() == pytest.approx(median, abs=0.015)
     t = schedule.draw_timesteps(n, g, layout=True)                  # near pure noise, evenly
     assert t.min() == 700 and t.max() == 999 and t.float().mean() == pytest.approx(849.5, abs=2)
 
