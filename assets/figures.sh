@@ -18,12 +18,12 @@ $train --stage t2v
 for step in 0100 1500 3000 4500; do cp "runs/t2v/samples/00$step.gif" "figures/demo-t2v-$step.gif"; done
 cp runs/t2v/loss.png figures/loss-t2v.png
 
-# How the shipped model was made, but for the autoencoder (its ema.pt is assets/nano.pt); and two for motion-free guidance
+# How the shipped model was made, but for the autoencoder (its ema.pt is assets/nano.pt); two for motion-free guidance
 $train --world full --steps 28000 --layout-steps 2000 --ema 0.9995 --out runs/full
-video="--stage t2v --init runs/full/ema.pt --ema 0.9995"
-$train $video --p-motion-free 0.5 --lr 1e-3 --steps 9000 --out runs/full-t2v
-$train $video --p-motion-free 0.3 --lr 1.5e-3 --steps 3000 --out runs/joint
-$train $video --p-motion-free 0 --lr 1.5e-3 --steps 3000 --out runs/nojoint
+video="--stage t2v --init runs/full/ema.pt --lr 1e-3 --ema 0.9995"
+$train $video --p-motion-free 0.5 --steps 24000 --out runs/full-t2v
+$train $video --p-motion-free 0.5 --steps 4500 --out runs/joint
+$train $video --p-motion-free 0 --steps 4500 --out runs/nojoint
 
 # A world whose truth is known; grade it, compare it, look inside; the pictures on top: of the model that ships
 shipped="--ckpt $here/assets/nano.pt"
