@@ -4,42 +4,38 @@ train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
     python train.py                                   # text to image on the shapes world
     python train.py --data my_pictures --steps 20000  # your own pictures and captions
     python train.py --stage t2v                       # text to video, from the newest t2i run
-    python train.py --stage vae                       # how assets/vae.pt was made
+    python train.py --stage vae                       # how assets/vae.safetensors was made
     python train.py --stage encode --data my_pictures --size 256 --text clip+t5 --out my_cache
     torchrun --nproc_per_node=8 train.py --preset XL/2 --data my_cache
     torchrun --nproc_per_node=8 train.py --preset G/2 --fsdp --checkpoint-activations --compile
 
-To resume, run the same command again. A run folder holds last.pt (the whole run), ema.pt (the file
-to share: half-precision EMA weights, autoencoder, vocabulary), log.csv, loss.png and samples/.
+To resume, run the same command again. A run folder holds last.safetensors (the whole run),
+ema.safetensors (the file to share: half-precision EMA weights, autoencoder, vocabulary),
+config.json, log.csv, loss.png and samples/.
 """
-
-# The file in one breath: `main` reads the flags and calls `train`, which builds (1, 2), feeds (3),
-# steps and looks (5, 6), and leaves a folder from which the same command goes on (4). All that is
-# random is a function of the seed and the step, so one process or eight, one go or ten, with a
-# cache or without: the same run.
 
 import os
 
-# How long an idle OpenMP thread spins before it sleeps, read when torch is loaded. By default so
-# long that one busy neighbour stops everything (on two cores: 202 items/s alone, under 15 beside
-# it); never spinning halves the speed (121 alone); spinning this long: 216 alone, 70 beside it.
+# How long an idle OpenMP thread spins before it sleeps; torch reads it when it is loaded. The
+# default spin-wait stalls training when another process is busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import collections
-import contextlib
 import copy
-import csv
 import dataclasses
-import hashlib
+import datetime
 import itertools
 import json
 import math
 import multiprocessing
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -47,9 +43,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
-import torch.distributed.tensor as sharded
 from PIL import Image, ImageDraw, ImageFont
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -57,1604 +54,1114 @@ from tqdm import tqdm
 import data as D
 import gentron as G
 
-try:
-    import fcntl
-except ImportError:                                         # Windows: two runs are not kept apart
-    fcntl = None
+# ---- 1. Flags and their defaults -----------------------------------------------------------------
 
-HERE = Path(__file__).resolve().parent
-
-# What a flag that is not given means. The paper's constant 1e-4 is for its sizes and a batch of
-# 2048; OURS: nano has a quick small world to learn, so a high rate, a short EMA, v + cosine.
-# OURS in PAPER: the EMA, on which the paper is silent, and a batch that fewer GPUs can hold.
-QUICK = dict(lr=2e-3, lr_decay=1_000, layout_steps=900, batch_size=64, schedule="cosine",
-             objective="v", ema=0.998, steps=5_428, size=(64, 64))
-PAPER = dict(lr=1e-4, lr_decay=0, layout_steps=0, batch_size=256, schedule="linear",
-             objective="eps", ema=0.9999, steps=500_000, size=(256, 256))
-# By stage: what differs from the above. OURS: a clip is eight pictures, so fewer clips a batch.
-STAGE = dict(vae=dict(batch_size=16, steps=6_000),
-             t2v=dict(batch_size=16, steps=4_500))
-WARMUP = 100            # OURS: steps over which the rate rises to --lr
-# Items of the shapes world a stage draws. The autoencoder never sees one twice in a default run;
-# the others encode theirs once and come back to them, and then only the Transformer costs time.
+# The defaults that depend on what is trained. The first three columns are for the nano preset and
+# the autoencoder, the last two for the paper's sizes. From the paper: lr 1e-4, constant, and 128
+# clips. OURS: the rest. nano learns a small world, so it has a high rate and a short EMA.
+COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
+DEFAULTS = {
+    "steps":         (16_000,   5_428,    4_500,    500_000,     500_000),
+    "batch_size":    (16,       64,       16,       256,         128),
+    "lr":            (2e-3,     2e-3,     2e-3,     1e-4,        1e-4),
+    "lr_decay":      (1_000,    1_000,    1_000,    0,           0),
+    "layout_steps":  (900,      900,      900,      0,           0),
+    "ema":           (0.998,    0.998,    0.998,    0.9999,      0.9999),
+    "objective":     ("v",      "v",      "v",      "eps",       "eps"),
+    "schedule":      ("cosine", "cosine", "cosine", "linear",    "linear"),
+    "size":          ((64, 64), (64, 64), (64, 64), (256, 256),  (256, 256)),
+    "frames":        (1,        1,        8,        1,           8),
+    "world":         ("full",   "basic",  "basic",  "basic",     "basic"),
+    "p_first_frame": (0.0,      0.0,      0.1,      0.0,         0.1),
+    "noise_shift":   (0.0,      0.0,      0.0,      0.0,         0.0),
+    "fps":           (4.0,      4.0,      4.0,      4.0,         4.0),
+}
+WARMUP = 100            # OURS: steps over which the learning rate rises
+# How many items of the shapes world a stage draws. The autoencoder sees each of them once. The
+# other stages encode theirs once, and train on them for many epochs.
 DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)
-WIDER = dict(basic=1, full=3)       # times as many, for the two that come back, where more is said
-PREVIEW_SEED = 10 ** 6  # the previews' prompts come from a dataset seed that no run trains on
+WIDER = dict(basic=1, full=3)           # the full world says more, so it has more t2i and t2v items
+PREVIEW_SEED = 10 ** 6  # the dataset seed of the previews' prompts; no run trains on it
+# The fields of the model's config that are flags: a new field becomes a flag by itself
+CONFIG = {f.name: f for f in dataclasses.fields(G.GenTronConfig) if "help" in f.metadata}
 
-
-# -----------------------------------------------------------------------------
-# 1. Flags
-# -----------------------------------------------------------------------------
 
 def parser():
-    """Every flag, in four groups. None = "see QUICK and PAPER above"."""
-    # RawDescription: the docstring's lines of commands stay as they are. Values are checked as they
-    # are read (D.number), so the code below never meets a step count of 0 or a rate of nan.
-    p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole, share = D.number(int, 1), D.number(float, 0, 1)
-    # Flags whose default depends on the preset or the stage have none here: `fill_in` gives it
-    g = p.add_argument_group("what to train")
-    g.add_argument("--stage", choices=("vae", "encode", "t2i", "t2v"), default="t2i",
-                   help="autoencoder, a cache of latents, pictures (default), clips")
-    g.add_argument("--preset", choices=G.PRESETS, help="size of the Transformer (nano)")
-    # A model between the presets, or a tiny one for a test
-    g.add_argument("--depth", type=whole, help="blocks, instead of the preset's")
-    g.add_argument("--width", type=whole, help="channels of a token, instead of the preset's")
-    g.add_argument("--heads", type=whole, help="attention heads, instead of the preset's")
-    g.add_argument("--patch-size", type=whole, help="a token's side, in latent positions")
-    g.add_argument("--conditioning", choices=("cross", "adaln"), help="how text enters (cross)")
-    g.add_argument("--text", help="small, small+small, labels, none, clip, t5, clip+t5, or "
-                                  "NAME[+NAME] of the transformers library (small)")
-    g.add_argument("--vae", help="a checkpoint, or a name for diffusers (assets/vae.pt)")
-    g.add_argument("--objective", choices=("eps", "v"), help="(nano: v, else eps)")
-    g.add_argument("--schedule", choices=("linear", "cosine"), help="(nano: cosine, else linear)")
-    g = p.add_argument_group("data")
-    g.add_argument("--data", default="shapes",
-                   help="shapes, or a folder of pictures or clips, or a cache (of --stage encode)")
-    g.add_argument("--image-data", help="t2v: pictures for joint training, shapes or a folder")
-    g.add_argument("--world", choices=("basic", "full"), help="of the shapes (t2i, t2v: basic)")
-    g.add_argument("--size", type=D.picture_size, help="H or HxW in pixels (nano: 64, else 256)")
-    g.add_argument("--frames", type=D.number(int, 1, 1024), help="t2v: frames a clip (8)")
-    g.add_argument("--fps", type=D.number(float, 0.01, 1000), default=4.0,
-                   help="t2v: frames a second (4)")
-    # OURS: both rates; the paper drops text and motion, and does not say how often
-    g.add_argument("--p-drop-text", type=share, default=0.1, help="share of captions (0.1)")
-    g.add_argument("--p-motion-free", type=share, default=0.1,
-                   help="t2v: share of items that are stills, temporal attention off (0.1)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=whole, help="steps in all")
-    g.add_argument("--minutes", type=D.number(float, 0, above=True), help="then stop and save")
-    # The batch is global, so that a command means the same run on one GPU and on eight; what a
-    # process holds at a time is batch / processes / grad-accum
-    g.add_argument("--batch-size", type=whole,
-                   help="over all processes (nano: 64, clips 16; else 256)")
-    g.add_argument("--grad-accum", type=whole, default=1, help="micro-batches a step (1)")
-    g.add_argument("--lr", type=share, help="AdamW's (nano: 2e-3; else 1e-4)")
-    g.add_argument("--lr-decay", type=D.number(int, 0), metavar="STEP",
-                   help="from this step on the rate falls as 1 / sqrt(step); 0 = it stays, as in "
-                        "the paper (nano: 1000)")
-    g.add_argument("--layout-steps", type=D.number(int, 0), metavar="STEP",
-                   help="until this step train near pure noise only, where it is decided what goes "
-                        "where; 0 = as in the paper (nano: 900)")
-    g.add_argument("--ema", type=share, help="decay of the averaged weights (nano: 0.998)")
-    g.add_argument("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0)
-    g = p.add_argument_group("the run")
-    g.add_argument("--out", help="the run's folder (runs/STAGE)")
-    g.add_argument("--init", help="checkpoint to start from (t2v: the newest t2i run's)")
-    g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                   help="go on with the run in the folder; --no-resume moves it aside")
-    g.add_argument("--save-every", type=whole, default=500, help="steps (500)")
-    g.add_argument("--sample-every", type=whole, default=500, help="steps (500)")
-    g.add_argument("--workers", type=D.number(int, 0, 256), default=2,
-                   help="processes that draw or decode (2)")
-    g.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (the best there is)")
-    g.add_argument("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
-    # What the paper's G/2 needs: less memory for more time
-    g.add_argument("--checkpoint-activations", action="store_true",
-                   help="compute blocks again in the backward pass: slower, far less memory")
-    g.add_argument("--fsdp", action="store_true",
-                   help="under torchrun: each process keeps its share of the weights, gradients, "
-                        "moments and averages; slower than copies, and far less memory")
-    g.add_argument("--compile", action="store_true",
-                   help="torch.compile the blocks: a minute to start, then faster on a GPU")
-    # In place of a run: section 7
-    g.add_argument("--dry-run", action="store_true",
-                   help="print parameters, GFLOPs and memory for these flags; allocates nothing")
-    g.add_argument("--benchmark", action="store_true",
-                   help="time training steps on random data (t2v: for 1, 4, 8, 16, 32 frames), "
-                        "and a cache that --data names; train nothing")
+    """Every flag, in four groups. None = the value is found later, by `resolve`."""
+    p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                 allow_abbrev=False)
+    count, share = D.number(int, 1, 10 ** 9), D.number(float, 0, 1)
+    step, yes = D.number(int, 0, 10 ** 9), dict(action="store_true", default=False)
+    yes_no = dict(action=argparse.BooleanOptionalAction)
+    group = p.add_argument_group("what to train")
+
+    def add(flag, help, default=None, **options):
+        """One flag. Its help ends with the default that the code uses."""
+        row = DEFAULTS.get(flag[2:].replace("-", "_"), (default,))
+        write = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
+        if len(set(row)) > 1:
+            help += f" ({', '.join(f'{c}: {write(v)}' for c, v in zip(COLUMNS, row))})"
+        elif row[0] is not None and row[0] is not False:
+            help += f" ({write(row[0])})"
+        group.add_argument(flag, help=help, default=default, **options)
+
+    add("--stage", "what to train or make", "t2i", choices=("vae", "encode", "t2i", "t2v"))
+    add("--preset", "size of the Transformer (nano, or that of --init)", choices=G.PRESETS)
+    for name, f in CONFIG.items():
+        how = yes_no if f.type is bool else dict(type=count if f.type is int else f.type)
+        value = "the preset's" if name in G.PRESETS["nano"] else f.default
+        add(f"--{name.replace('_', '-')}", f"{f.metadata['help']} ({value})", **how)
+    add("--text", "small, small+small, labels, none, clip, t5, clip+t5 or NAME[+NAME] (small)")
+    add("--channels", "stage vae: channels of the latents; more show finer detail, and take longer "
+        "to learn", 4, type=D.number(int, 1, 256))
+    add("--vae", "a checkpoint, or a name for diffusers (assets/vae.safetensors)")
+    add("--objective", "what the network predicts", choices=("eps", "v", "flow"))
+    add("--schedule", "noise schedule; flow goes with straight", choices=tuple(G.OBJECTIVES))
+    add("--noise-shift", "lowers log(alpha / sigma) at every t", type=D.number(float, -5, 5))
+    group = p.add_argument_group("data")
+    add("--data", "shapes, a folder of pictures or clips, or a cache of --stage encode", "shapes")
+    add("--image-data", "t2v: pictures for joint training, shapes or a folder")
+    add("--world", "how much the shapes world shows", choices=("basic", "full"))
+    add("--size", "H or HxW in pixels", type=D.picture_size)
+    add("--frames", "t2v: frames a clip", type=D.number(int, 1, 1024))
+    add("--fps", "t2v: frames a second", type=D.number(float, 0.01, 1000))
+    # OURS: the three rates. The paper drops text and motion, and does not say how often.
+    add("--p-drop-text", "share of captions that are dropped", 0.1, type=share)
+    add("--p-motion-free", "t2v: share of stills, temporal attention off", 0.1, type=share)
+    add("--p-first-frame", "t2v: share of clips whose first frame is given", type=share)
+    group = p.add_argument_group("optimisation")
+    add("--steps", "steps in all", type=count)
+    add("--minutes", "then stop and save", type=D.number(float, 0, above=True))
+    add("--batch-size", "over all processes", type=D.number(int, 1, 2 ** 16))
+    add("--grad-accum", "micro-batches a step", 1, type=count)
+    add("--lr", "AdamW's learning rate", type=share)
+    add("--lr-decay", "from this step on the rate falls as 1 / sqrt(step); 0 = never", type=step)
+    add("--layout-steps", "so many steps near pure noise only (your own data: 0)", type=step)
+    add("--ema", "decay of the averaged weights", type=share)
+    add("--seed", "of all that is random", 0, type=D.number(int, 0, 2 ** 31 - 1))
+    group = p.add_argument_group("the run")
+    add("--out", "the run's folder (runs/STAGE)")
+    add("--init", "checkpoint to start from (t2v: the newest t2i run's)")
+    add("--resume", "go on with the run in the folder, or move it aside", True, **yes_no)
+    add("--save-every", "steps", 500, type=count)
+    add("--sample-every", "steps between previews and held-out losses", 500, type=count)
+    add("--workers", "processes that draw or decode", 2, type=D.number(int, 0, 256))
+    add("--device", "cpu, cuda, cuda:1, mps ... (the best there is)")
+    add("--precision", "of the network (bf16 on a GPU, else fp32)", choices=("fp32", "bf16"))
+    add("--checkpoint-activations", "compute blocks again in the backward pass: less memory", **yes)
+    add("--fsdp", "under torchrun: each process keeps only its share of the model", **yes)
+    add("--compile", "torch.compile the blocks: a minute to start, then faster on a GPU", **yes)
+    add("--dry-run", "print parameters, GFLOPs and memory, and train nothing", **yes)
+    add("--benchmark", "time training steps on random data (t2v: at 1, 4, 8, 16, 32 frames)", **yes)
     return p
 
 
-# Flags that change how a run is carried out, not what comes out of it: free to differ on resume.
-# (--precision is not among them: bf16 rounds differently.)
-HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "sample_every",
-            "workers", "device", "checkpoint_activations", "fsdp", "compile", "dry_run",
-            "benchmark"}
+# ---- 2. The data of a step -----------------------------------------------------------------------
+
+CHUNK = 64      # items that are encoded together: always the same ones, whatever the run
 
 
-def prepare(args):
-    """Flags as they were given -> as they are meant. Returns (last, init): the checkpoint that this
-    run left in its folder, and --init's; None where there is none. Adds to args what this process
-    alone knows: rank, world_size, main, own, lock. Raises ValueError for flags that do not fit."""
-    join_processes(args)
-    # What the flags alone can tell is refused here, before a folder is made or anything is read
-    for flag in ("fsdp", "compile", "dry_run", "benchmark"):
-        if getattr(args, flag) and args.stage in ("vae", "encode"):
-            raise ValueError(f"--{flag.replace('_', '-')} is about the Transformer, which --stage "
-                             f"{args.stage} has not; leave it out")
-    if args.stage not in ("t2v", "encode") and args.frames:
-        raise ValueError(f"--frames is for --stage t2v, not {args.stage}")
-    cache = D.cache_index(args.data) or {}                  # its latents have the size they have
-    if args.stage == "t2v" and not args.benchmark:          # (that may ask for 1, or for all)
-        args.frames = args.frames or cache.get("frames") or 8
-        if args.frames == 1:
-            raise ValueError("--frames 1 is a picture, no clip; for pictures: --stage t2i")
-    # Where the run starts: its own last step, or another run's checkpoint, or nothing
-    last = init = None
-    if args.benchmark or args.dry_run:
-        args.steps = args.steps or 10                       # (nothing is written, nothing read)
-    else:
-        out = claim_folder(args)
-        if (out / "last.pt").exists():
-            last = G.load_checkpoint(out / "last.pt")       # --init had its say when that began
-        elif args.stage == "t2v":
-            args.init = args.init or G.find_checkpoint(("t2i",))
-        init = G.load_checkpoint(args.init) if args.init and last is None else None
-    fill_in(args, last or init or {}, cache)
-    share = args.world_size * args.grad_accum
-    if args.batch_size % share and args.stage != "encode":
-        raise ValueError(f"--batch-size {args.batch_size} is not divisible by {args.world_size} "
-                         f"processes x --grad-accum {args.grad_accum}")
-    own = args.batch_size // args.world_size                # this process's slice of every batch
-    args.own = slice(args.rank * own, (args.rank + 1) * own)
-    return last, init
-
-
-def join_processes(args):
-    """Which process is this, of how many (torchrun says so in the environment), and on what?"""
-    args.rank = int(os.environ.get("RANK", "0"))
-    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    args.main = args.rank == 0                              # the one that prints and writes
-    if args.device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"    # a GPU each
-    args.device = G.pick_device(args.device)
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)                  # where NCCL and FSDP look
-    if args.world_size > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    elif args.fsdp:
-        raise ValueError("--fsdp shares the model among processes, and there is one; "
-                         "try torchrun --nproc_per_node=2 train.py ...")
-
-
-def fill_in(args, known, cache):
-    """Gives each flag that was not given its value: first what the checkpoint we start from
-    (known) or the data's cache says, then the preset's, QUICK or PAPER."""
-    args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
-    parent = known.get("args", {})
-    args.world = args.world or parent.get("world") or ("full" if args.stage == "vae" else "basic")
-    if args.init and "schedule" in known:
-        inherit(args, known)
-    preset = args.preset or parent.get("preset")
-    quick = args.stage == "vae" or preset in (None, "nano")
-    defaults = {**QUICK, **STAGE.get(args.stage, {})} if quick else dict(PAPER)
-    for source in (known, cache):                           # the latter wins: it has one size only
-        if "size" in source:
-            defaults["size"] = tuple(source["size"])
-    args.fps = cache.get("fps", args.fps)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:                     # (not `or`: --lr-decay 0 is a value)
-            setattr(args, name, value)
-
-
-def inherit(args, parent):
-    """Refuses (ValueError) what --init cannot change: to weights trained for one objective, text
-    or latent space another means nothing, and a flag that did nothing would be a lie."""
-    config, schedule = parent["config"], parent["schedule"]
-    sizes = {name: config[name] for name in G.PRESETS["nano"]}
-    has = {"objective": schedule["objective"], "schedule": schedule["kind"],
-           "text": parent["text"]["spec"], "vae": "its own autoencoder",
-           "preset": next((name for name, p in G.PRESETS.items() if p == sizes), "other sizes")}
-    for flag, value in has.items():
-        given = getattr(args, flag)
-        if given not in (None, value):
-            raise ValueError(f"--{flag} {given} with --init: {args.init} has {value}, and keeps "
-                             f"it; leave --{flag} out")
-    args.objective, args.schedule = has["objective"], has["schedule"]
-
-
-def claim_folder(args):
-    """Makes the run's folder this run's own, with the old run moved aside if --no-resume. Returns
-    its Path."""
-    args.out = args.out or str(Path("runs") / args.stage)
-    out = Path(args.out)
-    args.lock = lock(out, args)
-    if args.main and not args.resume and (out / "last.pt").exists():
-        aside = next(p for k in itertools.count(1)
-                     if not (p := out.with_name(f"{out.name}.{k}")).exists())
-        out.rename(aside)                                   # never deleted: it may be weeks of work
-        print(f"moved the old run to {aside}")
-        args.lock = lock(out, args)                         # (the other one moved, too)
-    D.writable(out / "last.pt")                             # better now than after 500 steps
-    if args.world_size > 1:
-        dist.barrier()                                      # nobody looks before it has moved
-    return out
-
-
-def lock(out, args):
-    """Takes the run's folder for this process, or raises ValueError if another run has it. Returns
-    the open file that holds the lock: the system drops it with the process, however that ends."""
-    # A lock, not a file that says "in use": after a crash that one would lie there for ever
-    file = open(D.writable(out / ".lock"), "w") if args.main else None
-    try:
-        if file and fcntl:
-            # lockf, not flock: loader workers inherit the latter, and outlive a killed run a while
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{out} is in use, another run is training there; wait for it or stop it, "
-                         f"or choose another folder by --out") from None
-    except OSError:
-        pass                                                # a file system that knows no locks
-    return file
-
-
-# -----------------------------------------------------------------------------
-# 2. Building what is trained
-# -----------------------------------------------------------------------------
-
-def build(args, dataset, pictures, init):
-    """Flags, and --init's checkpoint if there is one -> (net, vae, state): what trains, the
-    autoencoder, and the part of the checkpoint that never changes. Raises ValueError."""
-    torch.manual_seed(args.seed)            # the initial weights, drawn in the same order each time
-    if args.stage == "vae":                 # it is what trains, and also what encodes and decodes
-        net = G.build_vae(init).requires_grad_(True) if init else G.VAE()
-        return net, net, {"vae": {"config": net.config}}
-    if init:
-        if "config" not in init:
-            raise ValueError(f"{args.init} is an autoencoder; to use it: --vae {args.init}")
-        if init["config"]["temporal"] and args.stage == "t2i":
-            raise ValueError(f"{args.init} is a video model, which --stage t2i cannot train; "
-                             f"try --stage t2v")
-        if "ema" not in init:
-            raise ValueError(f"{args.init} holds no EMA weights, which a run starts from; "
-                             f"try its run's ema.pt or last.pt")
-        # The parent's sizes, words, schedule and latent space: its weights mean nothing in others
-        state = {key: copy.deepcopy(init[key]) for key in ("config", "text", "schedule", "vae")}
-        encoder = text_encoder(state["text"], dataset, pictures, args)
-    else:
-        spec = args.text or default_text(dataset)
-        vocabulary = vocabulary_of(dataset, spec)
-        encoder = text_encoder({"spec": spec, "vocabulary": vocabulary}, dataset, pictures, args)
-        state = {"config": {**G.PRESETS[args.preset or "nano"], "text_dims": list(encoder.dims),
-                            "conditioning": "cross"},
-                 "text": {"spec": spec, "vocabulary": vocabulary, "dim": encoder.dim},
-                 "schedule": {"kind": args.schedule, "objective": args.objective},
-                 "vae": find_vae(args.vae)}
-    vae, config = G.build_vae(state).to(args.device), state["config"]
-    # (a parent's sizes cannot change: its weights would no longer fit, and `load` says which)
-    for flag in ("depth", "width", "heads", "patch_size", "conditioning"):
-        if getattr(args, flag) is not None:
-            config[flag] = getattr(args, flag)
-    # A t2i model becomes a t2v one here, by one word of its config: the rest of it is the same
-    config.update(temporal=args.stage == "t2v", in_channels=vae.channels)
-    multiple = vae.down * config["patch_size"]
-    if any(side % multiple for side in args.size):
-        raise ValueError(f"--size {args.size[0]}x{args.size[1]} is not divisible by {multiple} "
-                         f"(autoencoder {vae.down} x patch {config['patch_size']})")
-    # Made of the very dict that is saved: what a checkpoint rebuilds is what was trained
-    net = G.Net(G.GenTron(G.GenTronConfig(**config)), encoder,
-                G.NoiseSchedule(**state["schedule"]))
-    if init:
-        # Everything is loaded, averages for weights: they draw better than what they average. Only
-        # temporal layers may be missing. They stay as drawn, and answer 0: the first video model is
-        # its image parent, frame by frame (paper 3.4). Any other difference is refused by `load`.
-        weights = {k: v.float() for k, v in init["ema"].items()}
-        new = {k: v for k, v in net.weights().items() if ".temporal." in k and k not in weights}
-        net.load({**new, **weights}, args.init)
-        print_main(args, f"init: {len(weights)} tensors from {args.init}, {len(new)} are new"
-                         f"{' (temporal attention)' if new else ''}")
-    return net, vae, state
-
-
-def default_text(dataset):
-    """What --text means where it is not given: what the data offers."""
-    if isinstance(dataset, D.Cache) and dataset.encoders:
-        return dataset.encoders["spec"]                     # whose features are stored
-    if not isinstance(dataset, D.Shapes) and not any(dataset.captions):
-        return "none"                                       # pictures without captions
-    return "small"
-
-
-def text_encoder(part, dataset, pictures, args):
-    """The "text" part of a checkpoint -> its encoder. A frozen one is not even loaded if all the
-    data's features lie in caches: `StoredText` stands in for it. Raises ValueError if the features
-    are another encoder's."""
-    caches = [d for d in (dataset, pictures) if isinstance(d, D.Cache) and d.encoders]
-    if is_frozen(part["spec"]):
-        # Features of another encoder can have the same shape: the model would learn one language,
-        # and be asked in another
-        for cache in caches:
-            if cache.encoders["fingerprint"] != text_fingerprint(part["spec"]):
-                raise ValueError(f"cache of another text encoder, {cache.root} was made with "
-                                 f"--text {cache.encoders['spec']}, this run reads {part['spec']} "
-                                 f"(or its files have changed); encode again, or change --text")
-        if len(caches) == (1 if pictures is None else 2):
-            return StoredText(caches, args.device)
-    return G.TextEncoder(**part)
-
-
-def is_frozen(spec):
-    """Are all encoders of a --text pretrained ones, which never change?"""
-    return spec != "none" and not {"small", "labels"} & set(spec.split("+"))
-
-
-def find_vae(name):
-    """--vae -> the "vae" part of a checkpoint: a file's own, or a name or folder for diffusers."""
-    # (A .pt that is not there is a file's name all the same, and the error says it is missing)
-    path = Path(name or HERE / "assets" / "vae.pt")
-    if path.suffix == ".pt" or path.is_file():
-        return G.load_checkpoint(path)["vae"]
-    return {"name": name}
-
-
-def vocabulary_of(dataset, spec):
-    """Words for the small encoder, class names for --text labels, nothing for the others."""
-    if spec == "labels":                                    # a table of vectors, a row a class
-        if not dataset.labels:
-            raise ValueError("--text labels needs class folders (corgi/1.jpg), and this data has "
-                             "captions; try --text small")
-        return dataset.labels
-    if "small" not in spec.split("+"):
-        return []
-    if isinstance(dataset, D.Shapes):
-        return D.vocabulary()                               # motions too: t2v will read on
-    if isinstance(dataset, D.Cache):
-        return dataset.vocabulary
-    # The commonest: a word seen once or twice teaches its vector nothing. Sorted, so that the order
-    # of files does not decide which vector is whose.
-    counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
-    return sorted(word for word, _ in counts.most_common(8192))
-
-
-def open_data(args):
-    """-> (dataset, pictures for joint training or None, the previews' prompts)."""
-    frames = args.frames or 1
-    if args.data == "shapes":
-        # Labels name one class a picture, so there is one object in it
-        level = "single" if args.text == "labels" else args.world
-        stage = args.stage if args.stage != "encode" else "t2v" if frames > 1 else "t2i"
-        n = DRAWN[stage] * (1 if stage == "vae" else WIDER[args.world])
-        dataset = D.Shapes(level, n, args.seed, args.size, frames)
-        # The same twelve sentences in every run, so that runs can be compared by eye
-        fresh = D.Shapes(level, 12, PREVIEW_SEED, args.size, frames)
-        prompts = [fresh.scene(i).caption() for i in range(12)]
-    else:
-        dataset = D.open_data(args.data, args.size, frames, args.fps)
-        if isinstance(dataset, D.Cache) and args.stage in ("vae", "encode"):
-            raise ValueError(f"{args.data} holds latents, and --stage {args.stage} wants pictures; "
-                             f"try the folder that they were made of")
-        prompts = list(dict.fromkeys(dataset.captions))[:12]    # the first twelve different ones
-        for line in dataset.report():
-            print_main(args, line)
-    # Joint image-video training (paper 3.4): pictures are many where clips are few
-    pictures = None
-    if args.stage == "t2v" and args.p_motion_free > 0:
-        source = args.image_data or ("shapes" if args.data == "shapes" else None)
-        if source is None:
-            raise ValueError("joint training needs pictures beside the clips: --image-data FOLDER, "
-                             "or --p-motion-free 0 to train on clips alone")
-        pictures = D.open_data(source, args.size, level=args.world,
-                               n=DRAWN["t2i"] * WIDER[args.world], seed=args.seed)
-    return dataset, pictures, prompts
-
-
-def print_main(args, line):
-    """Prints once, however many processes there are."""
-    if args.main:
-        print(line, flush=True)
-
-
-# -----------------------------------------------------------------------------
-# 3. Data: which items a step sees, and their latents
-# -----------------------------------------------------------------------------
-
-CHUNK = 64      # items that are drawn and encoded together: always the same ones, whatever the run
-
-
-@lru_cache(maxsize=4)       # asked for once an item; clips and pictures, and a batch in two epochs
+@lru_cache(maxsize=4)
 def permutation(seed, epoch, n):
     """The order of n items in an epoch, (n,): a function of its arguments."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def places_of_step(seed, step, batch, n):
-    """Which places of the shuffled dataset step `step` trains on: a function of its arguments. The
-    first epoch walks through them in order, every later one in an order of its own."""
-    # In order, because `Latents` encodes in the order of places: a first batch of places from all
-    # over the dataset would have to wait until nearly all of it is encoded. A batch may straddle
-    # two epochs; nothing is dropped at the end of one.
+    """Which places of the shuffled dataset step `step` trains on: a list of `batch` numbers below
+    n, and a function of its arguments."""
+    # The first epoch takes the places in order, because `Latents` encodes in that order. Every
+    # later epoch has an order of its own. A batch may straddle two epochs.
     everything = range(step * batch, (step + 1) * batch)
     return [i if i < n else int(permutation(seed, i // n, n)[i % n]) for i in everything]
 
 
-class Chunks(torch.utils.data.Dataset):
-    """A dataset by the chunk: lists of places -> (uint8 (B, F, H, W, 3), captions). The dataset is
-    shuffled once, so that class folders do not come one class after the other."""
-    def __init__(self, dataset, chunks, seed):
-        self.dataset, self.chunks, self.order = dataset, chunks, permutation(seed, 0, len(dataset))
-
-    def __len__(self):
-        return len(self.chunks)
-
-    def __getitem__(self, k):
-        clips, captions = zip(*(self.dataset[int(self.order[place])] for place in self.chunks[k]))
-        return torch.from_numpy(np.stack(clips)), list(captions)       # (B, F, H, W, 3) uint8
-
-
-def loader(dataset, chunks, args):
-    """Chunks in order, drawn or decoded ahead of time by --workers processes."""
-    workers = min(args.workers, len(chunks))
-    # batch_size None: a chunk is a batch already. The order of what comes back is that of `chunks`,
-    # whichever worker was first, so the number of workers changes nothing.
-    return DataLoader(Chunks(dataset, chunks, args.seed), batch_size=None, num_workers=workers,
-                      worker_init_fn=ignore_signals, prefetch_factor=4 if workers else None)
-
-
-def ignore_signals(worker):
-    """Ctrl-C reaches the whole process group; only the main process decides what it means."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
-
-
 class Latents:
-    """A dataset's latents, in memory, encoded when first asked for: training starts at once and
-    the first epoch pays as it goes. latents[places] -> fp16 (B, F, C, h, w), captions, as a
-    D.Cache has them: with a cache and without one, a run is the same."""
+    """A shuffled dataset's latents: latents[places] -> fp16 (B, F, C, h, w), captions.
+
+    A cache holds them. Those of other data are encoded when first asked for and kept in memory:
+    training starts at once, and the first epoch pays for it."""
     def __init__(self, dataset, vae, args):
-        self.vae, self.args, self.n = vae, args, len(dataset)
-        chunks = [range(i, min(i + CHUNK, self.n)) for i in range(0, self.n, CHUNK)]
-        self.feed = iter(loader(dataset, chunks, args))
-        self.z, self.captions = [], []                      # of the places that were encoded so far
+        self.dataset, self.vae, self.device = dataset, vae, args.device
+        self.order = permutation(args.seed, 0, len(dataset)).tolist()
+        chunks = (self.order[i:i + CHUNK] for i in range(0, len(dataset), CHUNK))
+        self.chunks = None if cache_of(dataset) else loader(dataset, chunks, args)
+        self.z, self.captions = [], []                     # of the places encoded so far
 
     def __len__(self):
-        return self.n
+        return len(self.order)
 
     def __getitem__(self, places):
-        missing = max(places) + 1 - len(self.captions)
+        if self.chunks is None:
+            z, captions = self.dataset[[self.order[i] for i in places]]
+            return torch.as_tensor(z), list(captions)
+        missing = max(places) + 1 - len(self.captions)     # after a resume: nearly everything
         with tqdm(total=missing, desc="encoding", leave=False,
-                  disable=missing < 32 * CHUNK or not self.args.main) as bar:
-            while len(self.captions) <= max(places):        # after a resume: all of it
-                z, captions = encode_chunk(self.vae, next(self.feed), self.args.device)
-                self.z += z                                 # its rows: a list of (F, C, h, w)
+                  disable=missing < 32 * CHUNK or rank() > 0) as bar:
+            while len(self.captions) <= max(places):
+                z, captions = encode_chunk(self.vae, *next(self.chunks), self.device)
+                self.z += z                                # rows: a list of (F, C, h, w)
                 self.captions += captions
                 bar.update(len(captions))
         return torch.stack([self.z[i] for i in places]), [self.captions[i] for i in places]
 
 
 @torch.no_grad()
-def encode_chunk(vae, chunk, device):
-    """(pictures uint8 (B, F, H, W, 3), captions) -> (latents fp16 (B, F, C, h, w), captions)."""
-    # fp16 halves the memory. Always CHUNK items at a time: in batches of other sizes the same
-    # picture's latents could differ in their last digit, and with them all that follows.
-    clips, captions = chunk
+def encode_chunk(vae, clips, captions, device):
+    """Pictures uint8 (B, F, H, W, 3) and captions -> latents fp16 (B, F, C, h, w) and captions."""
     return vae.encode(G.to_float(clips).to(device)).half().cpu(), captions
 
 
-def latents_of(dataset, vae, args):
-    """A dataset -> something whose [places] are latents and captions. Raises ValueError for a cache
-    of another autoencoder's latents."""
-    if not isinstance(dataset, D.Cache):
-        return Latents(dataset, vae, args)
-    if dataset.vae != vae_fingerprint(vae):
-        raise ValueError(f"cache of another autoencoder, {dataset.root}; encode again, or give the "
-                         f"--vae that it was made with")
-    return dataset
+def vae_batches(dataset, shape, first, args):
+    """Stage vae: (pictures (b, 1, 3, H, W), noise (b, 1, C, h, w)) of step first, first + 1, ...
+    shape: (B, 1, C, h, w); b of the batch's B items belong to this process."""
+    B, own, steps = shape[0], own_part(shape[0]), range(first, args.steps)
+    order = permutation(args.seed, 0, len(dataset))        # class folders must not come in turn
+    items = (order[places_of_step(args.seed, step, B, len(dataset))[own]].tolist()
+             for step in steps)
+    for step, (clips, _) in zip(steps, loader(dataset, items, args)):
+        yield G.to_float(clips), G.randomness(args.seed, step, shape).noise[own]
 
 
-class StoredText(torch.nn.Module):
-    """Stands in for frozen text encoders whose features are stored in caches: B captions -> Text,
-    read from disk. The caches' captions and the null text are all it knows."""
-    trained, dim = False, 128                               # dim is the trained encoders' affair
-
-    def __init__(self, caches, device):
-        super().__init__()
-        self.caches, self.device = caches, device
-        self.dims = tuple(caches[0].encoders["dims"])
-
-    def forward(self, captions):
-        """List of B strings -> Text of fp32 tokens (B, L, D_k), masks (B, L), pooled (B, P)."""
-        rows = [next(c for c in self.caches if caption in c.where).text(caption)
-                for caption in captions]                    # B times ([tokens, ...], pooled)
-        tokens, masks = [], []
-        for k, dim in enumerate(self.dims):
-            parts = [row[k] for row, _ in rows]             # B times (L_i, D_k), mapped
-            lengths = torch.tensor([len(part) for part in parts])
-            padded = np.zeros((len(parts), int(lengths.max()), dim), np.float16)
-            for place, part in zip(padded, parts):
-                place[:len(part)] = part                    # here the disk is read
-            # (half the bytes on the way to a GPU; fp32 from there, as the encoders answer)
-            tokens.append(torch.from_numpy(padded).to(self.device).float())
-            masks.append((torch.arange(padded.shape[1]) < lengths[:, None]).to(self.device))
-        pooled = torch.from_numpy(np.stack([pooled for _, pooled in rows]))
-        return G.Text(tuple(tokens), tuple(masks), pooled.to(self.device).float())
-
-
-# ---- fingerprints: is what a cache holds what this run's own encoders would answer? Latents of
-# another autoencoder have the same shape; a model trained on them draws mud, and nothing says why.
-
-def vae_fingerprint(vae):
-    """16 letters that change with any weight of an autoencoder."""
-    digest = hashlib.sha256(repr((getattr(vae, "scale", 1), getattr(vae, "shift", 0))).encode())
-    for name, x in sorted(vae.state_dict().items()):
-        # half(): an ema.pt holds the same autoencoder in half precision, and latents are no finer
-        digest.update(name.encode() + x.detach().half().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def text_fingerprint(spec):
-    """16 letters for frozen encoders, without loading them: their names, and of local folders each
-    file's size and first megabyte."""
-    # (all of T5-XXL's files, tens of GB, would have to be read again at every start)
-    digest = hashlib.sha256()
-    for part in spec.split("+"):
-        name = G.FrozenEncoder.NAMES.get(part, part)
-        files = sorted(p for p in Path(name).rglob("*") if p.is_file()) if Path(name).is_dir() \
-            else []
-        if not files:
-            digest.update(name.encode())                    # (a folder may move, a name may not)
-        for file in files:
-            with open(file, "rb") as f:
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2 ** 20))
-    return digest.hexdigest()[:16]
-
-
-def begin_cache(args, dataset, vae, text):
-    """Writes the cache's index.json, or compares it with the one of an interrupted run: going on
-    with other flags or data would mix two caches. Raises ValueError."""
-    with torch.no_grad():
-        probe = vae.encode(G.to_float(dataset[0][0][None]).to(args.device))    # (1, F, C, h, w)
-    index = {"format": "gentron cache", "items": len(dataset), "shard": D.SHARD,
-             "shape": list(probe.shape[1:]), "size": list(args.size), "frames": args.frames or 1,
-             "fps": args.fps, "data": args.data, "seed": args.seed, "labels": dataset.labels,
-             "vocabulary": vocabulary_of(dataset, "small"), "vae": vae_fingerprint(vae),
-             "encoders": text and {"spec": text.spec, "dims": list(text.dims),
-                                   "fingerprint": text_fingerprint(text.spec)}}
-    there = D.cache_index(args.out) or index                # nothing there: nothing to differ
-    for key in index:
-        if there.get(key) != index[key]:
-            raise ValueError(f"cache {args.out} was begun with another {key}; give another --out, "
-                             f"or delete it")
-    if args.world_size > 1:
-        dist.barrier()                                      # all have looked before one writes
-    if args.main:
-        D.save_json(Path(args.out) / "index.json", index)
-
-
-def encode(args):
-    """Stage encode: the latents of all items of --data, and the features that frozen encoders make
-    of their captions, into a cache. The processes take its shards in turn; shards that are there
-    already stay, so an interrupted run goes on."""
-    prepare(args)
-    dataset, _, _ = open_data(args)
-    vae = G.build_vae({"vae": find_vae(args.vae)}).to(args.device)
-    # A trained text encoder has other features at each step: then only captions are stored
-    frozen = args.text is not None and is_frozen(args.text)
-    text = G.TextEncoder(args.text).to(args.device) if frozen else None
-    begin_cache(args, dataset, vae, text)
-    out, n = Path(args.out), len(dataset)
-    shards = range(-(-n // D.SHARD))                        # rounded up
-    # A shard's .json is written last, so a shard that has one is whole
-    missing = [k for k in shards if not (out / f"{k:05d}.json").exists()]
-    todo = {k: range(k * D.SHARD, min((k + 1) * D.SHARD, n)) for k in missing
-            if k % args.world_size == args.rank}            # shard: its places
-    # No chunk reaches into the next shard: what is stopped and gone on with has the same chunks
-    chunks = [p[i:i + CHUNK] for p in todo.values() for i in range(0, len(p), CHUNK)]
-    feed, stop = iter(loader(dataset, chunks, args)), Stop(args)
-    with tqdm(total=sum(map(len, todo.values())), desc="encode", unit=" items",
-              disable=not args.main) as bar:
-        for k, places in todo.items():
-            parts = []
-            for _ in range(0, len(places), CHUNK):
-                if not stop.asked():
-                    parts.append(encode_chunk(vae, next(feed), args.device))
-                    bar.update(len(parts[-1][1]))
-            if stop.asked():
-                break                                       # what is not a whole shard is lost
-            captions = [caption for _, words in parts for caption in words]
-            # Each different caption once; "" is the null text, which every step's drops will read
-            texts = list(dict.fromkeys(["", *captions]))
-            D.save_shard(out, k, np.concatenate([z.numpy() for z, _ in parts]), captions, texts,
-                         *encode_texts(text, texts))
-    if args.world_size > 1:
-        dist.barrier()                                      # the last shard is there
-    left = sum(not (out / f"{k:05d}.json").exists() for k in shards)
-    print_main(args, f"stopped by {stop.asked()}, {left} of {len(shards)} shards to go. To go on: "
-                     f"the same command" if left else
-                     f"done: {out}, {n:,} items. To train from it: python train.py --data {out}")
-    return 0
-
-
-@torch.no_grad()
-def encode_texts(text, captions):
-    """m captions -> (for each encoder m arrays (L_i, D_k) of real tokens, pooled (m, P)); without
-    an encoder (text None) nothing."""
-    if text is None:
-        return [], None
-    tokens, pooled = [[] for _ in text.dims], []
-    for i in range(0, len(captions), CHUNK):
-        batch = text(captions[i:i + CHUNK])
-        for rows, x, mask in zip(tokens, batch.tokens, batch.mask):    # x (B, L, D_k), mask (B, L)
-            # Real tokens only: how long the padding is depends on a text's neighbours in its batch
-            rows += [row[real].cpu().numpy() for row, real in zip(x, mask)]
-        pooled += batch.pooled.cpu().numpy().tolist()
-    return tokens, np.array(pooled)
-
-
-# -----------------------------------------------------------------------------
-# 4. The run folder: log, plot, checkpoints
-# -----------------------------------------------------------------------------
-
-BANDS = {"loss": ("loss", "#111111"), "loss_t0": ("least noise", "#4477dd"),
-         "loss_t1": ("some", "#44aa66"), "loss_t2": ("more", "#dd9933"),
-         "loss_t3": ("most noise", "#cc4444")}              # column: (name, colour in the plot)
-COLUMNS = ("step", *BANDS, "grad_norm", "skipped", "items_per_s")
-
-
-class Log:
-    """log.csv, one row a step. On resume, rows beyond the checkpoint go: they will come again."""
-    def __init__(self, path, first, main):
-        self.latest, self.file, self.skipped = collections.deque(maxlen=100), None, 0
-        if not main:
-            return                                          # one writer; all know the loss
-        # A run that was killed may leave rows of steps that were never saved, half a row, or (after
-        # a power cut) zeros. What is kept: whole rows of steps up to the checkpoint's.
-        self.path, rows = path, []
-        if first and path.exists():
-            with open(path, newline="", errors="replace") as file:
-                rows = [row for row in csv.reader(line.replace("\0", "") for line in file)
-                        if len(row) == len(COLUMNS) and row[0].isdecimal()
-                        and row[-2].isdecimal() and int(row[0]) <= first]
-        if rows:
-            self.skipped = int(rows[-1][-2])                # steps skipped so far: counted on
-        beside = path.with_name("log.csv.tmp")              # as in save_checkpoint: old or new
-        with D.writing(path, beside):
-            with open(beside, "w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *rows])
-            os.replace(beside, path)
-            self.file = open(path, "a", newline="")
-        self.writer = csv.writer(self.file)
-
-    def write(self, step, losses, t, norm, skipped, speed):
-        """losses (B,), t (B,) or None: the mean loss, and its mean in four bands of noise."""
-        self.latest.append(losses.mean().item())
-        # The bands lie far apart, and which of them fall says what is being learned: layout at most
-        # noise, edges at least. The mean of a small batch mostly says which t were drawn.
-        bands = [""] * 4
-        if t is not None:
-            band = t * 4 // 1000                            # (B,) 0 .. 3, as t is 0 .. 999
-            bands = [f"{losses[band == k].mean():.7g}" if (band == k).any() else ""
-                     for k in range(4)]
-        if self.file:
-            with D.writing(self.path):
-                self.writer.writerow([step, f"{self.latest[-1]:.7g}", *bands, f"{norm:.5g}",
-                                      skipped, f"{speed:.1f}"])
-                self.file.flush()                           # whoever watches sees every step
-
-    def recent(self):
-        """Mean loss of the last 100 steps."""
-        return sum(self.latest) / len(self.latest)
-
-
-def running_mean(values):
-    """(n,) -> (n,): at each place the mean of the last 2 % of n values; nan counts as not there."""
-    k, known = max(1, len(values) // 50), np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0), np.ones(k))[:len(values)]
-    count = np.convolve(known, np.ones(k))[:len(values)]
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def plot_log(log, path):
-    """loss.png: the smoothed loss and its parts by noise level, on a logarithmic axis. Drawn with
-    pillow, which is here already: a plotting library for one plot would be the largest package."""
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps = [int(row["step"]) for row in rows]
-    curves = {name: running_mean(np.array([float(row[name] or "nan") for row in rows]))
-              for name in BANDS}
-    seen = [v for curve in curves.values() for v in curve if v > 0]     # (nan is not)
-    if len(rows) < 2 or not seen:
-        return                                              # one point is no curve
-    # From what is plotted to pixels; y grows downwards
-    W, H, left, top, right, bottom = 760, 400, 64, 30, 20, 40
-    low, high = math.log10(min(seen)) - 0.05, math.log10(max(seen)) + 0.05
-    to_x = lambda s: left + (W - left - right) * (s - steps[0]) / (steps[-1] - steps[0])
-    to_y = lambda v: top + (H - top - bottom) * (high - math.log10(v)) / (high - low)
-    image = Image.new("RGB", (W, H), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
-    # Lines at 1, 2 and 5 times the powers of ten, which lie evenly on a logarithmic axis
-    for tick in (m * 10.0 ** k for k in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)):
-        if low <= math.log10(tick) <= high:
-            pen.line([(left, to_y(tick)), (W - right, to_y(tick))], fill="#e4e4e4")
-            pen.text((left - 8, to_y(tick)), f"{tick:g}", fill="#555555", font=font, anchor="rm")
-    for s in np.linspace(steps[0], steps[-1], 5):
-        pen.text((to_x(s), H - bottom + 8), f"{s:.0f}", fill="#555555", font=font, anchor="mt")
-    pen.text((W - right, H - 4), "step", fill="#555555", font=font, anchor="rb")
-    x = left                                                # of the legend, along the top
-    for name, curve in curves.items():
-        if not np.isfinite(curve).any():
-            continue                                        # stage vae has no noise levels
-        label, ink = BANDS[name]
-        points = [(to_x(s), to_y(v)) for s, v in zip(steps, curve) if v > 0]
-        pen.line(points, fill=ink, width=3 if name == "loss" else 1)
-        pen.text((x, 6), label, fill=ink, font=font)
-        x += 24 + pen.textlength(label, font=font)
-    with D.writing(path):
-        image.save(path)
-
-
-def provenance(args):
-    """Where a checkpoint comes from: commit, versions, device, seed. Numbers that nobody can make
-    again are no numbers, and in a year nobody remembers."""
-    # The hash alone (no tag's name); "-dirty": these are not quite that commit's files
-    ask = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(ask, timeout=5, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""                                         # no git, or no repository
-    return {"commit": commit, "torch": str(torch.__version__), "numpy": np.__version__,
-            "python": sys.version.split()[0], "device": str(args.device), "seed": args.seed}
-
-
-def flags_of(args):
-    """The flags as plain values, for the checkpoint and for comparing on resume."""
-    # Lists and strings: load_checkpoint reads nothing that is not plain data. Left out: what
-    # belongs to one process.
-    plain = {tuple: list, torch.device: str}
-    return {k: plain.get(type(v), lambda same: same)(v) for k, v in vars(args).items()
-            if k not in ("main", "rank", "world_size", "own", "lock")}
-
-
-def check_resumable(args, last):
-    """ValueError if last.pt is not all of a run of this stage (ema.pt, say, under its name), or was
-    made with other flags: going on with those would be another run, so they are refused by name."""
-    parts = [name for name in ("weights", "ema", "optimizer") if name not in last]
-    if parts or last["stage"] != args.stage:
-        what = f"lacks {', '.join(parts)}" if parts else f"is of stage {last['stage']}"
-        raise ValueError(f"{args.out}/last.pt {what}, so no run can go on from it; use --out for a "
-                         f"new run, or --no-resume")
-    saved = last["args"]
-    for name, value in flags_of(args).items():
-        # (name in saved: a flag that is younger than the run had no other value then)
-        if name not in HARMLESS and name in saved and saved[name] != value:
-            raise ValueError(f"--{name.replace('_', '-')} was {saved[name]} in this run, now it is "
-                             f"{value}; use --out for a new run, or --no-resume")
-
-
-def check_moments(args, moments, weights):
-    """ValueError if an optimizer's saved state is not that of these weights."""
-    # (torch would load it, and fail at the first step, or not at all)
-    shapes = {k: [(), p.shape, p.shape] for k, p in enumerate(weights)}
-    saved = {k: [m[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
-             for k, m in moments.items()}
-    if saved != shapes:
-        raise ValueError(f"{args.out}/last.pt is damaged: its optimizer does not fit its weights")
-
-
-@torch.no_grad()
-def measure_latents(vae, dataset, args, n=512):
-    """Mean and standard deviation of each latent channel over n items, kept in the autoencoder."""
-    # The noise schedule mixes latents with noise of variance 1, and means them to be as large.
-    # `encode` divides by what was measured the last time, so that is undone first.
-    vae.mean.zero_()
-    vae.std.fill_(1)
-    n, z = min(n, len(dataset)), []
-    for i in range(0, n, CHUNK):
-        clips = np.stack([dataset[k][0] for k in range(i, min(i + CHUNK, n))])
-        z.append(vae.encode(G.to_float(clips).to(args.device)).cpu().double())   # (b, F, C, h, w)
-    z = torch.cat(z).transpose(0, 2).flatten(1)                                  # (C, all the rest)
-    vae.mean.copy_(z.mean(1))
-    vae.std.copy_(z.std(1).clamp(min=1e-4))
-
-
-def save(out, state, net, ema, optimizer, step, args, dataset, vae):
-    """ema.pt: what somebody else needs to sample from the run. last.pt: all of it."""
-    if args.stage == "vae":                                 # its averages are the autoencoder
-        measure_latents(ema, dataset, args)
-        vae, weights, averaged = ema, net.state_dict(), ema.state_dict()
-    else:
-        weights, averaged = net.weights(), ema.weights()
-    weights, averaged, moments = whole(weights), whole(averaged), whole(optimizer.state_dict())
-    if not args.main:
-        return                                              # had to take part: shards are gathered
-    state = {**state, "stage": args.stage, "step": step, "size": list(args.size),
-             "frames": args.frames or 1, "fps": args.fps, "args": flags_of(args),
-             "made": provenance(args)}
-    half = lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    shared = {} if args.stage == "vae" else {"ema": half(averaged)}
-    if isinstance(vae, G.VAE):                              # (a pretrained one stays a name)
-        state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
-        shared["vae"] = {"config": vae.config, "weights": half(vae.state_dict())}
-    # ema.pt first: a run is done when last.pt says so, and then nobody would write ema.pt again
-    G.save_checkpoint(out / "ema.pt", {**state, **shared})
-    G.save_checkpoint(out / "last.pt", {**state, "weights": weights, "ema": averaged,
-                                        "optimizer": moments})
-
-
-# -----------------------------------------------------------------------------
-# 5. The stages: what a step trains on, and what a preview shows
-# -----------------------------------------------------------------------------
-
-class Steps:
-    """The places of steps first, first + 1, ... for the loader: a list never written out."""
-    # (of 500,000 steps it would be 128 million numbers, copied into every worker)
-    def __init__(self, args, n, first):
-        self.args, self.n, self.first = args, n, first
-
-    def __len__(self):
-        return self.args.steps - self.first
-
-    def __getitem__(self, k):
-        args = self.args
-        return places_of_step(args.seed, self.first + k, args.batch_size, self.n)[args.own]
-
-
-def vae_batches(args, dataset, vae, first):
-    """Stage vae: (pictures, posterior noise) of step first, first + 1, ... Pictures are drawn or
-    decoded as they are needed."""
-    # The posterior's noise has the shape of latents, (B, 1, C, h, w), and is drawn for the global
-    # batch; the loader brings this process's slice already
-    shape = (args.batch_size, 1, vae.channels, *(side // vae.down for side in args.size))
-    feed = loader(dataset, Steps(args, len(dataset), first), args)
-    for step, (clips, _) in enumerate(feed, first):
-        noise = G.randomness(args.seed, step, shape).noise[args.own]
-        yield G.to_float(clips), noise
-
-
-def joint_batches(args, clips, pictures, schedule, shape, first):
-    """Stages t2i and t2v: (latents, captions, randomness) of step first, first + 1, ...
+def joint_batches(clips, pictures, schedule, shape, first, args):
+    """Stages t2i and t2v: (latents (b, F, C, h, w), b captions, Draws) of step first, first + 1 ...
 
     Joint image-video training (paper 3.4): an item drawn as `still`, with probability
-    --p-motion-free, is a picture repeated F times, with the picture's caption; its temporal
-    attention is then switched off in `training_loss`. In t2i there are no stills: pictures are
-    all there is. clips, pictures: Latents or caches (pictures None: no stills); shape:
-    (B, F, C, h, w)."""
-    p_still = args.p_motion_free if pictures else 0.0
-    for step in itertools.count(first):                     # the loop knows when to stop
-        # For the global batch, then this process's slice: item j gets the same on any of them
-        draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text, p_still,
-                             layout=step < args.layout_steps)[args.own]
-        z0, captions = clips[places_of_step(args.seed, step, shape[0], len(clips))[args.own]]
-        z0 = torch.as_tensor(z0).float()                    # stored in fp16, noised in fp32
-        still = draws.still.nonzero()[:, 0].tolist()        # which of own are pictures: s of them
+    --p-motion-free, is a picture repeated F times, with the picture's caption. `training_loss`
+    switches its temporal attention off. In t2i there are no stills: all items are pictures.
+    clips, pictures: Latents (pictures None: no stills); shape: (B, F, C, h, w)."""
+    B, own = shape[0], own_part(shape[0])                  # own: this process's slice of the batch
+    for step in itertools.count(first):                    # the loop knows when to stop
+        # Drawn for the global batch, then sliced: an item gets the same draws on any process
+        draws = G.randomness(args.seed, step, shape, schedule, args.p_drop_text,
+                             args.p_motion_free if pictures else 0.0, args.p_first_frame,
+                             layout=step < args.layout_steps)[own]
+        z0, captions = clips[places_of_step(args.seed, step, B, len(clips))[own]]
+        z0 = z0.float()                                    # (b, F, C, h, w), stored in fp16
+        still = draws.still.nonzero()[:, 0].tolist()       # which of the b items are pictures: s
         if still:
-            # The j-th item is the j-th picture or the j-th clip of this step: both datasets are
-            # walked at one pace, and what one drop decides moves nothing else
-            places = places_of_step(args.seed, step, shape[0], len(pictures))[args.own]
-            z, words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w): for all frames
-            z0[still] = torch.as_tensor(z).float()             # (s, F, C, h, w), by broadcasting
+            # The j-th item is the j-th picture or the j-th clip of this step. Both datasets are
+            # walked at one pace, so one item's draw changes no other item.
+            places = places_of_step(args.seed, step, B, len(pictures))[own]
+            z, words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w)
+            z0[still] = z.float()                              # (s, F, C, h, w), by broadcasting
             for j, caption in zip(still, words):
                 captions[j] = caption
         yield z0, captions, draws
 
 
+# ---- 3. The training step ------------------------------------------------------------------------
+
+def learning_rate(step, lr, decay_from):
+    """The rate of step 0, 1, ...: it rises in a line over WARMUP steps to lr, stays there, and from
+    decay_from on (0: never) is lr sqrt(decay_from / step), as in Karras et al. 2024."""
+    # It does not depend on the last step, so a run can be made longer and its steps are the same
+    decay = math.sqrt(decay_from / max(step, decay_from)) if decay_from else 1.0
+    return lr * min(1.0, (step + 1) / WARMUP) * decay
+
+
+def autocast(args):
+    """bf16 where --precision says so; weights and loss stay in fp32. The range of bf16 is that of
+    fp32, so the loss needs no scaling."""
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def training_step(run, inputs, step, args):
+    """Forward, backward, clip, AdamW, EMA. inputs: those of b items, this process's part of the
+    batch; run.parallel(*inputs) is the loss of each. Returns the losses (b,) and the norm of the
+    gradients before clipping, a number. If it is not finite, nothing has changed."""
+    net, optimizer = run.parallel, run.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args.lr, args.lr_decay)
+
+    # forward and backward, micro-batch by micro-batch; the gradients add up
+    b, losses = len(inputs[0]), []
+    micro = b // args.grad_accum
+    for k in range(args.grad_accum):
+        part = [x[k * micro:(k + 1) * micro] for x in inputs]
+        part = [x.to(args.device) if isinstance(x, torch.Tensor) else x for x in part]
+        # The backward pass of the last micro-batch averages the gradients over the processes
+        average_gradients(net, k == args.grad_accum - 1)
+        with autocast(args):
+            loss = net(*part)                              # (micro,)
+        (loss.sum() / b).backward()                        # the mean over the b items
+        losses.append(loss.detach())
+
+    # clip: OURS, to a norm of 1. The norm is that of all processes, so they all decide alike.
+    norm = full_tensors(torch.nn.utils.clip_grad_norm_(run.weights, 1.0)).item()
+
+    if math.isfinite(norm):
+        optimizer.step()
+        # EMA: an average of the weights over the last steps draws better pictures than the weights.
+        # The decay warms up, or a short run's average would still be near its random start.
+        decay = min(args.ema, (1 + step) / (10 + step))
+        for average, weight in zip(run.averages, run.weights):
+            average.lerp_(weight.detach(), 1 - decay)  # exercise 6
+    optimizer.zero_grad(set_to_none=True)
+    return torch.cat(losses), norm
+
+
+# ---- 4. Previews and the held-out loss: how well does it go? -------------------------------------
+
+LEVELS = (100, 300, 500, 700, 900)      # timesteps of the held-out loss
+MOST = 64                               # items of the held-out loss
+
+
+def spread(n, most):
+    """At most `most` of the numbers 0 .. n - 1, evenly spread: a list."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
+
+
+@torch.no_grad()
+def held_out_loss(ema, held, args):
+    """The averaged weights' loss on items that never train, a number. The noise is the same each
+    time, so only the weights change it. held: their Latents; stage vae: a dataset."""
+    if args.stage == "vae":
+        x = G.to_float(collate([held[i] for i in spread(len(held), MOST)])[0])  # (n, 1, 3, H, W)
+        shape = (len(x), 1, ema.channels, *(side // ema.down for side in args.size))
+        inputs = [(x, G.randomness(PREVIEW_SEED, 0, shape).noise)]
+    else:                                                  # the same items at each of LEVELS
+        z0, captions = held[range(min(MOST, len(held)))]
+        draws = {t: G.randomness(PREVIEW_SEED, t, z0.shape) for t in LEVELS}
+        inputs = [(z0, captions, dataclasses.replace(d, t=torch.full((len(z0),), t)))
+                  for t, d in draws.items()]
+    losses = []
+    for values, k in itertools.product(inputs, range(0, len(inputs[0][0]), 16)):   # 16 at a time
+        part = [x[k:k + 16] for x in values]
+        part = [x.float().to(args.device) if isinstance(x, torch.Tensor) else x for x in part]
+        with autocast(args):
+            losses.append(ema(*part))
+    reshard(ema)
+    return torch.cat(losses).mean().item()
+
+
 def preview_vae(path, vae, dataset, args):
-    """Eight pictures above their round trips. Returns a line for the log: the PSNR, a mean over
-    pictures in dB, since a mean of errors would mostly be that of the worst picture."""
-    clips = np.stack([dataset[i][0] for i in range(min(8, len(dataset)))])
+    """Eight pictures above their round trips. Returns a line for the log: the PSNR in dB, the mean
+    over pictures."""
+    clips = np.stack([dataset[i][0] for i in spread(len(dataset), 8)])     # (8, 1, H, W, 3)
     with torch.no_grad():
         back = G.to_uint8(vae.decode(vae.encode(G.to_float(clips).to(args.device))))
     error = np.square(clips / 255.0 - back / 255.0).mean((1, 2, 3, 4))     # (8,)
     labels = ["picture"] * len(clips) + ["round trip"] * len(clips)
-    if args.main:
-        with D.writing(f"{path}.png"):
-            D.contact_sheet([*clips, *back], labels, columns=len(clips)).save(f"{path}.png")
+    save_sheets(path, [D.contact_sheet([*clips, *back], labels, columns=len(clips))], args.fps)
     return f"PSNR {-10 * np.log10(np.maximum(error, 1e-10)).mean():.1f} dB"
 
 
-def preview_samples(path, net, vae, dataset, prompts, args):
-    """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Every
-    process draws (a sharded model needs them all), the first one writes."""
-    # Seeds 0, 1, 2 ... and a sampler without fresh noise: what differs from one preview to the next
-    # are the weights
+def preview_samples(path, net, vae, prompts, args):
+    """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Returns
+    the judge's count for the log. Every process draws, as a sharded model needs them all."""
+    # "dpm++" adds no fresh noise: two previews differ in the weights alone
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
-                       args.size, args.frames or 1, sampler="dpm++", device=args.device)
-    for piece in pieces(net):                               # --fsdp: a forward leaves its weights
-        piece.reshard()                                     # whole, but the shares are what trains
-    notes, verdict = None, ""                               # of real data nobody knows the truth
-    if isinstance(dataset, D.Shapes):                       # the judge reads what was drawn
+                       args.size, args.frames, sampler="dpm++", device=args.device,
+                       bf16=args.precision == "bf16")
+    reshard(net)
+    notes, verdict = None, ""
+    if args.data == "shapes":                              # the judge reads these alone
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
         notes = [None if v.right else ("; ".join(v.reasons), "#c03030") for v in verdicts]
         verdict = f"{sum(v.right for v in verdicts)} of {len(prompts)} right"
-    if args.main:
-        sheets = [D.contact_sheet(clips, prompts, notes=notes, frame=f)
-                  for f in range(clips.shape[1])]
-        file = f"{path}.{'gif' if len(sheets) > 1 else 'png'}"
-        with D.writing(file):
-            D.save_gif(file, sheets, args.fps) if len(sheets) > 1 else sheets[0].save(file)
+    save_sheets(path, [D.contact_sheet(clips, prompts, notes=notes, frame=f)
+                       for f in range(args.frames)], args.fps)
     return verdict
 
 
-# -----------------------------------------------------------------------------
-# 6. The loop
-# -----------------------------------------------------------------------------
+# ---- 5. The loop ---------------------------------------------------------------------------------
+
+def train(args):
+    """Sets one stage up, goes on with the run in the folder if there is one, and trains."""
+    args, run, stop = setup(args)                          # from here on args only is read
+    out, in_a_row, saved, why = Path(args.out), 0, run.first > 0, ""
+    if run.first >= args.steps:
+        return say(f"done: {out} has its {run.first} steps. To go on: --steps {2 * run.first}; to "
+                   f"start afresh: --no-resume")
+    log = Log(out / "log.csv", run.first)
+    with tqdm(total=args.steps, initial=run.first, disable=rank() > 0, dynamic_ncols=True) as bar:
+        for step, inputs in zip(range(run.first, args.steps), run.batches):
+            tick = time.monotonic()
+            losses, norm = training_step(run, inputs, step, args)
+            done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
+            # ---- from here on we only watch, and save
+            in_a_row = 0 if math.isfinite(norm) else in_a_row + 1          # skipped steps
+            look = done % args.sample_every == 0 or done in (100, args.steps)
+            held = held_out_loss(run.ema, run.held, args) if look and run.held else math.nan
+            t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device))
+            log.add(done, gather(losses), t, held, norm, speed)
+            bar.update()
+            bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
+            why = stop.why()
+            # Saved before the first preview, and never in a row of skipped steps:
+            # last.safetensors must hold weights that work
+            if not in_a_row and (done % args.save_every == 0 or done == args.steps or why
+                                 or look and not saved):
+                log.save()
+                save(run, done, args)
+                saved = True
+            if look:
+                path = out / "samples" / f"{done:06d}"
+                verdict = run.preview(path)
+                plot_log(log)
+                verdict = f"held out {held:.4f}  {verdict}" if run.held else verdict
+                with bar.external_write_mode():
+                    say(f"step {done}: loss {log.recent():.4f}  {verdict}  {path}")
+            if why or in_a_row == 10:                      # ten in a row: training has failed
+                break
+    log.save()
+    if in_a_row:
+        raise ValueError(f"no finite gradient in {in_a_row} steps, up to step {done}; they are not "
+                         f"saved; try a lower --lr, or --precision fp32")
+    if done < args.steps:
+        return say(f"stopped by {why} after step {done} of {args.steps}, saved. To go on: the same "
+                   f"command")
+    use = f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
+    use += f" --frames {args.frames}" if args.stage == "t2v" else ""
+    if args.stage == "vae":
+        use = f"To use it: python train.py --vae {shlex.quote(f'{out}/ema.safetensors')}"
+    say(f"done: {out}/ema.safetensors. {use}")
+
+
+# ==== Below: engineering ==========================================================================
+# A first reading may stop here. What follows: from flags to a run, several processes, loading and
+# encoding data, the run folder, --dry-run and --benchmark.
+
+# ---- 6. From flags to settings -------------------------------------------------------------------
+
+# Flags that change how a run is carried out, not its result. They may differ on resume.
+HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "dry_run",
+            "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile",
+            "benchmark"}
+# What weights are trained for. With --init it cannot change: they mean nothing in another model.
+OF_MODEL = {*CONFIG, "text", "schedule", "objective", "noise_shift"}
+
+def prepare(args):
+    """Flags as given -> (settings, last, init): a Namespace with a value for every flag, the
+    checkpoint that this run left in its folder, --init's checkpoint; None where there is none.
+    Raises ValueError for flags that do not fit together."""
+    stage, idle = args.stage, args.benchmark or args.dry_run   # idle: reads and writes nothing
+    if stage in ("vae", "encode") and (idle or args.fsdp or args.compile):
+        raise ValueError(f"--fsdp, --compile, --dry-run and --benchmark: not for --stage {stage}")
+    if args.frames and (stage in ("vae", "t2i") or (stage, args.frames, idle) == ("t2v", 1, False)):
+        raise ValueError(f"--frames {args.frames} with --stage {stage}; one is t2i, more are t2v")
+    args.device, last, init = join_processes(args.device, args.fsdp), None, None
+    args.out = args.out or f"runs/{stage}"
+    if not idle:
+        claim_folder(args)
+        file = Path(args.out) / "last.safetensors"
+        last = G.load_checkpoint(file) if file.exists() and stage != "encode" else None
+        if stage == "t2v" and not last:
+            args.init = args.init or G.find_checkpoint(("t2i",))
+        init = G.load_checkpoint(args.init) if args.init and not last else None
+    args = resolve(args, last, init, args.data != "shapes" and D.cache_index(args.data) or {})
+    if args.batch_size % (processes() * args.grad_accum) and stage != "encode":
+        raise ValueError(f"--batch-size {args.batch_size} is not divisible by {processes()} "
+                         f"processes x --grad-accum {args.grad_accum}")
+    return args, last, init
+
+def resolve(args, last, init, cache):
+    """A Namespace with a value for each flag: the one given, or else the checkpoint's, or the
+    cache's, or the default. Raises ValueError for a flag that must be as in the checkpoint. last,
+    init: see `prepare`; cache: the index of a cache, or {}."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    known = last or init or {}
+    saved = {**known.get("flags", {}), **known.get("config", {})}
+    preset, stage = args.preset or saved.get("preset") or "nano", args.stage
+    paper = "paper " if preset != "nano" and stage != "vae" else ""
+    column = COLUMNS.index(paper + stage.replace("encode", "t2i"))
+    values = {**vars(parser().parse_args([])), **{name: f.default for name, f in CONFIG.items()},
+              **G.PRESETS[preset], **{name: row[column] for name, row in DEFAULTS.items()},
+              "preset": preset, "precision": "bf16" if args.device.type == "cuda" else "fp32"}
+    if args.data != "shapes":
+        values["layout_steps"] = 0                         # it was measured on the shapes alone
+    if args.objective == "flow" or args.schedule == "straight":
+        values.update(objective="flow", schedule="straight")
+    inherited = {name: saved[name] for name in (*OF_MODEL, "world", "size")
+                 if saved.get(name) is not None}
+    # On resume, a flag that is younger than the run had its default then
+    fixed = {**values, **saved} if last else {n: v for n, v in inherited.items() if n in OF_MODEL}
+    fitting = {name: cache[name] for name in ("size", "fps", "frames") if name in cache}
+    settings = argparse.Namespace(**{**values, **inherited, **fitting,
+                                     **G.PRESETS.get(args.preset, {}), **given})
+    fixed = json.loads(json.dumps({**fixed, "device": ""}))
+    for name, now in flags_of(settings).items():
+        if name not in HARMLESS and fixed.get(name, now) != now:
+            raise ValueError(f"--{name.replace('_', '-')} was {fixed[name]} in "
+                             f"{args.out if last else args.init}, now it is {now}; leave the flag "
+                             f"out, or start another run: --out")
+    if last and not last.keys() >= {"weights", "optimizer"}:
+        raise ValueError(f"{args.out}/last.safetensors is not all of a run; give another --out")
+    settings.size = tuple(settings.size)
+    G.NoiseSchedule(settings.schedule, settings.objective, settings.noise_shift)   # may refuse
+    return settings
+
+def flags_of(args):
+    """The flags as numbers, strings and lists, as a checkpoint and config.json hold them."""
+    return json.loads(json.dumps({**vars(args), "device": str(args.device)}))
+
+# ---- 7. From settings to a run that can start ----------------------------------------------------
+
+def setup(args):
+    """Flags as given -> (settings, run, stop): all that the loop works with, built once."""
+    typed, (args, last, init) = args.text is not None, prepare(args)
+    stop = Stop(args.minutes, args.device)                 # --minutes count from here
+    data, dataset, held, pictures, prompts = open_data(args)
+    net, vae, state = build(args, [data, pictures] if pictures else [data], last, init, typed)
+    run = start(net, args, last)
+    run.dataset, run.vae, run.state, run.prompts = dataset, vae, state, prompts
+    run.first = last["step"] if last else 0
+    say(f"{args.stage}: {sum(p.numel() for p in run.weights) / 1e6:.2f} M parameters, steps "
+        f"{run.first} to {args.steps} of {args.batch_size} items, {args.device}, {args.precision}"
+        + f"; resume: {args.out}/last.safetensors, step {run.first}" * bool(last))
+    state["made"] = last["made"] if last else provenance(args)
+    if rank() == 0:         # to be read by people; on resume only flags that may differ do differ
+        config = {"program": "gentron", "flags": flags_of(args), "made": state["made"]}
+        with D.writing(Path(args.out) / "config.json") as file:
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # ---- what it trains on, and what shows how it goes
+    shape = (args.batch_size, args.frames, vae.channels, *(side // vae.down for side in args.size))
+    if args.stage == "vae":
+        run.held = held
+        run.batches = vae_batches(dataset, shape, run.first, args)
+        run.preview = lambda path: preview_vae(path, run.ema, dataset, args)
+    else:
+        clips, stills, run.held = (x and Latents(x, vae, args) for x in (dataset, pictures, held))
+        run.batches = joint_batches(clips, stills, net.schedule, shape, run.first, args)
+        run.preview = lambda path: preview_samples(path, run.ema, vae, prompts, args)
+    return args, run, stop
+
+def start(net, args, last=None):
+    """A net -> what the training step takes: net itself; `parallel`, net as the processes share it,
+    to be called in its place; ema, its averages; both parameter lists; the optimizer."""
+    text = getattr(net, "text", None)                      # a frozen encoder is shared, not copied
+    ema = copy.deepcopy(net, {} if getattr(text, "trained", False) else {id(text): text})
+    if last:
+        averages = last["vae"]["weights"] if args.stage == "vae" else last["ema"]
+        G.load_weights(ema, averages, f"{args.out}/last.safetensors")
+    blocks = net.model.blocks if args.stage != "vae" else []
+    for block in blocks if args.checkpoint_activations else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for module in (net.train(), ema.eval().requires_grad_(False)):
+        if args.fsdp:
+            shard(module, args)                            # moves each part as it is sharded
+        module.to(args.device)
+    for block in blocks if args.compile else ():
+        block.compile()                 # block by block and in place: names stay as they are
+    copies = processes() > 1 and not args.fsdp
+    parallel = DistributedDataParallel(net) if copies else net
+    weights, averages = list(net.parameters()), list(ema.parameters())
+    return argparse.Namespace(net=net, parallel=parallel, ema=ema, weights=weights,
+                              averages=averages, optimizer=build_optimizer(net, args, last))
+
+def open_data(args):
+    """-> (data, dataset, held, pictures, prompts): all of --data, the part that trains, the part
+    that is held out (None for the shapes and for few items), the pictures for joint training (or
+    None), captions for the previews. Completes args: --text is what the data offer."""
+    shapes, wider = args.data == "shapes", WIDER[args.world]
+    n = DRAWN["vae"] if args.stage == "vae" else DRAWN["t2v" if args.frames > 1 else "t2i"] * wider
+    level = "single" if args.text == "labels" else args.world      # a label names one object
+    if args.stage == "vae" and args.world == "full":
+        level = ("full", "touching")    # every second picture: things that touch blur most easily
+    data = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
+    if cache_of(data) and args.stage in ("vae", "encode"):
+        raise ValueError(f"{args.data} holds latents; --stage {args.stage} needs their pictures")
+    say(*[] if shapes else data.report())
+    split = not shapes and args.stage != "encode"
+    dataset, held = D.hold_out(data, args.seed) if split else (data, None)
+    if args.stage in ("t2i", "t2v") and args.text is None:
+        words = shapes or any(data.captions)
+        args.text = cache_of(data) and data.text_spec or ("small" if words else "none")
+    # The previews' captions. Of the shapes: twelve that no run trains on. Of other data: twelve
+    # different ones, spread over what trains.
+    fresh = D.Shapes(level, 12, PREVIEW_SEED, args.size, args.frames)
+    captions = [fresh.scene(i).caption() for i in range(12)] if shapes else \
+        list(dict.fromkeys(dataset.captions))
+    prompts = [captions[i] for i in spread(len(captions), 12)]
+    # Joint image-video training (paper 3.4): there are more pictures than clips
+    source, pictures = args.image_data or (args.data if shapes else None), None
+    if args.stage == "t2v" and args.p_motion_free:
+        if source is None:
+            raise ValueError("joint training needs pictures, too: --image-data FOLDER; or train on "
+                             "clips alone: --p-motion-free 0")
+        pictures = D.open_data(source, args.size, 1, args.fps, args.world, DRAWN["t2i"] * wider,
+                               args.seed)
+    return data, dataset, held or None, pictures, prompts
+
+def build(args, data, last, init, typed):
+    """Settings -> (net, vae, state): what trains, the autoencoder (of stage vae: the same), and the
+    part of the checkpoint that never changes. data: a list of datasets, for their words and stored
+    text features; last, init: see `prepare`; typed: was --text given? Raises ValueError."""
+    torch.manual_seed(args.seed)        # the initial weights, drawn in the same order each time
+    known, path = last or init, f"{args.out}/last.safetensors" if last else args.init
+    if args.stage == "vae":
+        net = G.build_vae(known) if known else G.VAE(args.channels)
+        net = G.load_weights(net, last["weights"], path) if last else net
+        return net.requires_grad_(True), net, {}
+    if init and "config" not in init:
+        raise ValueError(f"--init {path} is an autoencoder; give it as --vae")
+    if init and args.vae not in (None, init["vae"].get("name")):
+        raise ValueError(f"--init {path} keeps its own autoencoder; leave --vae out")
+    state = {key: known[key] for key in ("config", "text", "schedule", "vae")} if known else {
+        "text": {"spec": args.text, "vocabulary": vocabulary_of(data[0], args.text), "dim": 128},
+        "schedule": {"kind": args.schedule, "objective": args.objective,
+                     "shift": args.noise_shift}, "vae": find_vae(args)}
+    # Only what the user typed may be downloaded, never a name that stands in a file
+    vae = G.build_vae(state, download=args.vae is not None).to(args.device)
+    encoder = read_caches(data, vae, args) or G.TextEncoder(**state["text"], download=typed)
+    multiple = vae.down * args.patch_size
+    if any(side % multiple for side in args.size):
+        raise ValueError(f"--size {args.size[0]}x{args.size[1]} is not divisible by {multiple} "
+                         f"(autoencoder {vae.down} x patch {args.patch_size})")
+    if last:
+        return G.build_net(last, "weights", encoder), vae, state
+    config = state.get("config") or {
+        **{name: getattr(args, name) for name in CONFIG}, "text_dims": encoder.dims,
+        "in_channels": vae.channels, "grid": [side // multiple for side in args.size]}
+    # A t2i model becomes a t2v one by one word of its config
+    cfg = G.from_file(G.GenTronConfig, {**config, "temporal": args.stage == "t2v"})
+    state["config"] = dataclasses.asdict(cfg)
+    net = G.Net(G.GenTron(cfg), encoder, G.NoiseSchedule(**state["schedule"]))
+    if init:
+        # The averages become the weights: they draw better. Only temporal layers may be missing.
+        # They answer 0: the first video model is its image parent, frame by frame (paper 3.4).
+        old = init.get("ema", {})
+        new = {k: v for k, v in net.state_dict().items() if ".temporal." in k and k not in old}
+        G.load_weights(net, {**new, **old}, path)
+        say(f"init: {len(old)} tensors from {path}, {len(new)} new ones (temporal attention)")
+    return net, vae, state
+
+def find_vae(args):
+    """--vae -> the "vae" part of a checkpoint: a file's own, or a name or folder for diffusers."""
+    path = Path(args.vae or Path(__file__).resolve().parent / "assets" / "vae.safetensors")
+    if path.suffix not in (".safetensors", ".pt") and not path.is_file():
+        return {"name": args.vae}
+    state = G.load_checkpoint(path)
+    foreign = args.data != "shapes" and not D.cache_index(args.data)
+    if foreign and state["stage"] == "vae" and state["flags"].get("data") == "shapes":
+        say(f"note: {path} has only seen the shapes world, and blurs other pictures; for your own: "
+            f"train.py --stage vae --data {shlex.quote(args.data)}, --vae runs/vae/ema.safetensors")
+    return state["vae"]
+
+def vocabulary_of(dataset, spec):
+    """Words for the small encoder, class names for --text labels, nothing for the others: a list of
+    strings. The captions of held-out items count, too, so that a run knows all words."""
+    if spec == "labels" and not dataset.labels:
+        raise ValueError("--text labels needs class folders (corgi/1.jpg); try --text small")
+    if spec == "labels" or "small" not in spec.split("+"):
+        return list(dataset.labels) if spec == "labels" else []
+    if cache_of(dataset) or isinstance(dataset, D.Shapes):     # (with the words for motions)
+        return list(dataset.vocabulary) if cache_of(dataset) else D.vocabulary()
+    # The commonest 8192, sorted: the order of files must not decide which vector is whose
+    counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
+    return sorted(word for word, _ in counts.most_common(8192))
+
+# ---- 8. Several processes ------------------------------------------------------------------------
+#
+# Without --fsdp each process holds a copy of everything, and DistributedDataParallel averages the
+# gradients of their slices of the batch. With --fsdp each holds 1 / n of every tensor (a DTensor),
+# and a block's weights are put together only while the block runs.
+
+def rank():
+    """The number of this process; 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def processes():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def own_part(n):
+    """This process's slice of n items."""
+    share = n // processes()
+    return slice(rank() * share, (rank() + 1) * share)
+
+def say(*lines):
+    """Prints lines, once, however many processes there are."""
+    D.say(*lines) if rank() == 0 and lines else None
+
+def join_processes(name, sharded):
+    """Joins the processes that torchrun describes in the environment. name: --device. Returns this
+    process's torch.device."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count < 1 or count == 1 and sharded:
+        raise ValueError(f"{count} process(es); try torchrun --nproc_per_node=2 train.py ...")
+    if name is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"          # a GPU each
+    device = G.pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                      # where NCCL and FSDP look
+    if count > 1:       # torchrun ends the others if one process dies; the time limit, if one hangs
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=10))
+    return device
+
+def shard(net, args):
+    """FSDP2, block by block: the whole model never has to fit on one device."""
+    # A block's weights travel and are used in bf16, where autocast would round them anyway
+    half = torch.bfloat16 if args.precision == "bf16" else None
+    policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(args.device.type, (processes(),))
+    for block in net.model.blocks:
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+        # A hook on forward puts the weights together; sampling calls this method directly
+        fsdp.register_fsdp_forward_method(block, "keys_values")
+    fsdp.fully_shard(net.model, mesh=mesh)                 # all that is not in a block
+    fsdp.register_fsdp_forward_method(net.model, "prepare")
+    if getattr(net.text, "trained", False):
+        fsdp.fully_shard(net.text, mesh=mesh)
+
+def average_gradients(net, on):
+    """Decides whether the next backward pass averages the gradients over processes, or only adds to
+    this process's own."""
+    if isinstance(net, DistributedDataParallel):
+        net.require_backward_grad_sync = on
+    for module in net.children():
+        if isinstance(module, fsdp.FSDPModule):
+            module.set_requires_gradient_sync(on)
+
+def reshard(net):
+    """After a forward pass without a backward pass, FSDP leaves the outermost weights unsharded."""
+    for module in net.children():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+def full_tensors(x):
+    """A DTensor, or a dict with some in it, -> the same with full tensors, on the CPU of process 0.
+    Every process has to take part."""
+    if isinstance(x, DTensor):
+        x = x.full_tensor()
+        # One by one to the CPU: together they may not fit on the GPU
+        return x if x.ndim == 0 else x.cpu() if rank() == 0 else None
+    return {key: full_tensors(value) for key, value in x.items()} if isinstance(x, dict) else x
+
+def gather(x):
+    """(b,) on each process -> (B,) on the CPU, in the order of the global batch."""
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    dist.all_gather(parts, x.contiguous()) if processes() > 1 else parts[0].copy_(x)
+    return torch.cat(parts).cpu()
 
 class Stop:
-    """When to stop early: --minutes, SIGTERM or Ctrl-C. The step is finished and saved first; a
-    second Ctrl-C leaves at once."""
-    # The handler only takes a note. An exception could come between weights and averages, and what
-    # is saved then is no step of any run.
-    def __init__(self, args):
-        self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
-        self.signal = ""
+    """When to stop early: --minutes, SIGTERM or Ctrl-C. The loop finishes its step and saves; a
+    second Ctrl-C ends the process at once."""
+    REASONS = ("", "--minutes", "SIGINT", "SIGTERM")
+
+    def __init__(self, minutes, device):
+        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+        self.device, self.signal = device, 0
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.on_signal)
 
     def on_signal(self, number, frame):
-        """Notes the signal; the loop looks after the step. The next Ctrl-C ends the process."""
-        self.signal = signal.Signals(number).name
+        """Only notes the signal: an exception here could separate weights from EMA."""
+        self.signal = self.REASONS.index(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def asked(self):
-        """Why this process should stop, or ""."""
-        return self.signal or ("--minutes" if time.monotonic() > self.deadline else "")
+    def why(self):
+        """Why to stop, or "": the same on all processes, whichever was told. All have to ask."""
+        reason = torch.tensor([self.signal or int(time.monotonic() > self.deadline)])
+        return self.REASONS[gather(reason.to(self.device)).max().item()]
 
-    def why(self, args):
-        """Why to stop, or "". Rank 0 decides for all: if one process left by its own clock, the
-        others would wait for its gradients for ever."""
-        answer = [self.asked()]
-        if args.world_size > 1:
-            dist.broadcast_object_list(answer)
-        return answer[0]
+# ---- 9. Loading and encoding data ----------------------------------------------------------------
 
+def collate(items):
+    """[(uint8 (F, H, W, 3), caption), ...] -> (uint8 (B, F, H, W, 3), list of B captions)."""
+    clips, captions = zip(*items)
+    return torch.from_numpy(np.stack(clips)), list(captions)
 
-def gather(x, args):
-    """(own,) on each process -> (B,) on the CPU, in the order of the global batch."""
-    if args.world_size > 1:
-        parts = [torch.empty_like(x) for _ in range(args.world_size)]
-        dist.all_gather(parts, x.contiguous())
-        x = torch.cat(parts)
-    return x.cpu()
+def loader(dataset, batches, args):
+    """Yields the collated items of `batches`, an iterable of lists of their numbers, in that order;
+    drawn or decoded ahead of time by --workers processes."""
+    return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate,
+                           num_workers=args.workers, worker_init_fn=ignore_signals,
+                           prefetch_factor=4 if args.workers else None))
 
+def ignore_signals(worker):
+    """Ctrl-C reaches the whole process group; only the main process decides what it means."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
-def autocast(args):
-    """bf16 where --precision says so; weights and loss stay fp32."""
-    # (bf16 has the range of fp32, so the loss needs no scaling, as with fp16 it would)
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+def cache_of(dataset):
+    """The D.Cache that a dataset is, or is a part of; else None."""
+    dataset = getattr(dataset, "dataset", dataset)
+    return dataset if isinstance(dataset, D.Cache) else None
 
+def is_frozen(spec):
+    """Are all encoders of a --text pretrained ones, which never change?"""
+    return spec not in (None, "none") and not {"small", "labels"} & set(spec.split("+"))
 
-def backward(net, inputs, args):
-    """Forward and backward over this process's items, micro-batch by micro-batch; the gradients of
-    several processes are averaged behind the last one. Returns the loss of each item, (own,)."""
-    own, losses = args.own.stop - args.own.start, []
-    micro = own // args.grad_accum
-    for k in range(args.grad_accum):
-        part = slice(k * micro, (k + 1) * micro)            # of tensors, a list and Draws alike
-        on_device = [x[part].to(args.device) if isinstance(x, torch.Tensor) else x[part]
-                     for x in inputs]
-        with averaging(net, k == args.grad_accum - 1):
-            with autocast(args):
-                loss = net(*on_device)                                             # (micro,)
-            # Over own, not micro: the micro-batches' gradients add up to those of the mean over
-            # this process's items, and their average over processes is the global batch's
-            (loss.sum() / own).backward()
-        losses.append(loss.detach())                        # (the graph goes with the gradients)
-    return torch.cat(losses)
+def fingerprint(vae, spec=None):
+    """A string that changes with any weight of an autoencoder, followed by one for the frozen text
+    encoders of `spec`: their names, and of local folders the files' names and sizes."""
+    # In half precision, as ema.safetensors holds the weights
+    weights = [x.half().cpu().numpy().tobytes() for _, x in sorted(vae.state_dict().items())]
+    # (a folder that is not there has no files: then the name counts)
+    texts = [[(p.name, p.stat().st_size) for p in sorted(Path(name).glob("*"))] or name
+             for name in (spec or "").split("+")]
+    sums = [zlib.crc32(x) for x in (b"".join(weights), repr(texts).encode())]
+    return " ".join(f"{x:08x}" for x in sums[:2 if spec else 1])
 
+def read_caches(data, vae, args):
+    """A `StoredText` if all data are caches with the features of a frozen --text; else None. Raises
+    ValueError for a cache of another autoencoder or text encoder. Its latents and features have the
+    same shapes, so nothing else would notice, and the model would be useless."""
+    frozen, caches = is_frozen(args.text), [cache_of(dataset) for dataset in data]
+    for cache in filter(None, caches):
+        spec = cache.text_spec if frozen else None
+        same = cache.fingerprint.startswith(fingerprint(vae, spec))
+        if not same or spec not in (None, args.text):
+            raise ValueError(f"{cache.root} was made with another --vae or --text (its --text is "
+                             f"{cache.text_spec}); give those, or encode again")
+    stored = frozen and all(cache and cache.dims for cache in caches)
+    return StoredText(caches, args.device) if stored else None
 
-def learning_rate(step, args):
-    """The rate of step 0, 1, ...: up in a line over WARMUP steps, then --lr, and from --lr-decay on
-    --lr sqrt(decay / step) (as in Karras et al. 2024). It does not ask how many steps are still to
-    come, so a run may be stopped anywhere, or made longer, and its steps are the same."""
-    # Rising first: AdamW divides by an average of squared gradients, which at first is of very few
-    decay = math.sqrt(args.lr_decay / max(step, args.lr_decay)) if args.lr_decay else 1.0
-    return args.lr * min(1.0, (step + 1) / WARMUP) * decay
+class StoredText(torch.nn.Module):
+    """Stands in for frozen text encoders whose features are stored in caches: B captions -> Text,
+    read from disk. The caches' captions and the null text are all that it knows."""
+    def __init__(self, caches, device):
+        super().__init__()
+        self.caches, self.device, self.dims = caches, device, tuple(caches[0].dims)
 
+    def forward(self, captions):
+        """List of B strings -> Text of fp32 tokens (B, L, D_k), masks (B, L), pooled (B, P)."""
+        rows = [next(c for c in self.caches if caption in c.where).text(caption)
+                for caption in captions]                   # B times ([tokens, ...], pooled)
+        tensor = lambda x: torch.from_numpy(np.array(x)).to(self.device).float()
+        pad = lambda parts: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        tokens = [[tensor(row[k]) for row, _ in rows] for k in range(len(self.dims))]  # (L_i, D_k)
+        masks = [pad([x.new_ones(len(x), dtype=torch.bool) for x in parts]) for parts in tokens]
+        pooled = tensor(np.stack([pooled for _, pooled in rows]))
+        return G.Text(tuple(map(pad, tokens)), tuple(masks), pooled)
 
-def update(trained, averaged, optimizer, step, args):
-    """Clips the gradients, one step of AdamW, one of the EMA. trained, averaged: the weights and
-    their averages, in one order. Returns the gradients' norm before clipping, a number; if it is
-    not finite, nothing was changed."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
-    # OURS: to a norm of 1. Under --fsdp the norm is over all processes' shares, so all of them see
-    # the same number, and either all make the step or none does.
-    norm = whole(torch.nn.utils.clip_grad_norm_(trained, 1.0)).item()
-    if math.isfinite(norm):
-        optimizer.step()
-        # EMA with a warm-up: or a short run's average would still be near its random start
-        decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
-    optimizer.zero_grad(set_to_none=True)                   # None: no memory between the steps
-    return norm
+def encode(args):
+    """Stage encode: the latents of all items of --data, and the features that frozen encoders make
+    of their captions, into a cache. Process p of P encodes the items p, p + P, ..."""
+    args, _, _ = prepare(args)
+    stop, P, (dataset, *_) = Stop(args.minutes, args.device), processes(), open_data(args)
+    vae = G.build_vae({"vae": find_vae(args)}, download=args.vae is not None).to(args.device)
+    # A trained text encoder has other features at each step: then only captions are stored
+    text = G.TextEncoder(args.text, download=True).to(args.device) if is_frozen(args.text) else None
+    spec, dims = (args.text, list(text.dims)) if text else (None, [])
+    probe, _ = encode_chunk(vae, *collate([dataset[0]]), args.device)      # (1, F, C, h, w)
+    source = f"{args.world}, {args.seed}" if args.data == "shapes" else dataset.fingerprint()
+    index = {"items": len(dataset), "shape": list(probe.shape[1:]), "size": list(args.size),
+             "frames": args.frames, "fps": args.fps, "labels": dataset.labels, "text": spec,
+             "vocabulary": vocabulary_of(dataset, "small"), "fingerprint": fingerprint(vae, spec),
+             "dims": dims, "parts": P, "data": args.data, "source": source}
+    writer = D.CacheWriter(args.out, index, 0) if rank() == 0 else None
+    gather(torch.zeros(1, device=args.device))             # process 0 has written the index
+    writer = writer or D.CacheWriter(args.out, index, rank())
 
+    @torch.no_grad()
+    def features(captions):
+        batch = text(captions)
+        tokens = [[row[real].cpu().numpy() for row, real in zip(x, mask)]
+                  for x, mask in zip(batch.tokens, batch.mask)]
+        return tokens, batch.pooled.cpu().numpy()
+    items, why = range(rank() + writer.done * P, len(dataset), P), ""
+    chunks = [list(items[i:i + CHUNK]) for i in range(0, len(items), CHUNK)]
+    turns = gather(torch.tensor([len(chunks)]).to(args.device)).max().item()
+    chunks = loader(dataset, chunks, args)
+    with tqdm(total=writer.rows, initial=writer.done, unit=" items", disable=rank() > 0) as bar:
+        for _ in range(turns):
+            why = why or stop.why()                        # asked also by a process that is done
+            for clips, captions in itertools.islice(chunks, 0 if why else 1):
+                z, _ = encode_chunk(vae, clips, captions, args.device)
+                writer.append(z.numpy(), captions, features if text else None)
+                bar.update(len(captions))
+    gather(torch.zeros(1, device=args.device))             # all parts are written
+    say(f"stopped by {why}. To go on: the same command" if why else f"done: {args.out}, "
+        f"{len(dataset):,} items. To train: python train.py --data {shlex.quote(args.out)}")
 
-# ---- several processes. Without --fsdp each holds a copy of everything and computes the gradients
-# of its slice of the batch; DistributedDataParallel averages them. With --fsdp each holds 1 / n of
-# every tensor (a DTensor), and a block's weights are put together only while the block runs.
+# ---- 10. The run folder --------------------------------------------------------------------------
 
-def shard(net, args):
-    """Cuts a Net up in place, block by block: the whole never has to fit on one device. Frozen
-    encoders stay whole on each: they have no gradients, moments or averages to save."""
-    # A block's weights travel, and are used, in bf16 where autocast would have rounded them anyway
-    half = torch.bfloat16 if args.precision == "bf16" else None
-    policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(args.device.type, (args.world_size,))
-    for block in net.model.blocks:
-        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
-        # Weights are put together by a hook on forward; sampling calls this method by itself, too
-        fsdp.register_fsdp_forward_method(block, "keys_values")
-    fsdp.fully_shard(net.model, mesh=mesh)                          # what is not in a block
-    fsdp.register_fsdp_forward_method(net.model, "read")            # sampling calls it by itself
-    if net.text.trained:
-        frozen = [p for m in net.text.encoders if isinstance(m, G.FrozenEncoder)
-                  for p in m.parameters()]
-        fsdp.fully_shard(net.text, mesh=mesh, ignored_params=set(frozen))
+FILES = ("last.safetensors", "ema.safetensors", "config.json", "log.csv", "loss.png")
+PROGRAM = '"program": "gentron"'        # stands in our config.json
+LOCKS = []                              # open files; the system drops a lock when its process ends
 
+def claim_folder(args):
+    """Makes the run's folder this run's own; --no-resume moves the old run aside. Raises ValueError
+    if the folder is in use, or holds somebody else's files."""
+    out = Path(args.out)
+    lock_folder(out)
+    if rank() == 0 and args.stage != "encode":
+        if not args.resume and (out / FILES[0]).exists():
+            if out.resolve() == Path.cwd():
+                raise ValueError("--no-resume cannot move the working directory; give --out a name")
+            names = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
+            say(f"moved the old run to {out.rename(aside)}")       # never deleted
+            lock_folder(out)                               # the other lock moved, too
+        for name in (*FILES, "samples/000000.png"):
+            D.writable(out / name, inside=out)             # better now than after 500 steps
+        there = [name for name in FILES if (out / name).exists()]
+        if there and FILES[0] not in there and not (
+                "config.json" in there and PROGRAM in D.read_text(out / "config.json")):
+            raise ValueError(f"{out} holds {there[0]}, but no run; give another folder by --out")
+    gather(torch.zeros(1, device=args.device))             # nobody looks before it has moved
 
-def pieces(net):
-    """The parts of a net that are cut up separately; none unless `shard` was there."""
-    return [m for m in net.children() if isinstance(m, fsdp.FSDPModule)]
+def lock_folder(out):
+    """Takes the folder for this run, or raises ValueError."""
+    path = D.writable(out / ".lock", inside=out)
+    if rank() or os.name != "posix":
+        return
+    import fcntl  # here, because Windows has none
+    LOCKS.append(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)))
+    try:
+        # lockf, not flock: loader workers inherit the latter, and outlive a killed run for a while
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{out} is in use, another run is training there; give another --out, or "
+                         f"stop that run") from None
 
+def provenance(args):
+    """Where a run comes from: commit, versions, device, seed."""
+    # The hash alone; "-dirty": these are not quite that commit's files
+    ask = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(ask, cwd=Path(__file__).resolve().parent, capture_output=True,
+                                text=True).stdout.strip()  # "" without a repository
+    except OSError:
+        commit = ""                                        # no git
+    return {"commit": commit, "torch": str(torch.__version__), "numpy": np.__version__,
+            "python": sys.version.split()[0], "device": str(args.device), "seed": args.seed}
 
-@contextlib.contextmanager
-def averaging(net, on):
-    """Inside, a backward pass ends with the gradients' average over processes, or (on=False, all
-    micro-batches but the last) only adds to this process's own."""
-    if isinstance(net, torch.nn.parallel.DistributedDataParallel) and not on:
-        with net.no_sync():                                 # the copies' way to say it
-            yield
-    else:
-        for piece in pieces(net):                           # the shares' way; one process: none
-            piece.set_requires_gradient_sync(on)
-        yield
+def build_optimizer(net, args, last=None):
+    """AdamW over net's parameters, with the moments of the checkpoint `last`. Raises ValueError if
+    these are not the moments of net."""
+    # OURS: betas and no decay (the paper says AdamW and its rate). 0.99 forgets an early large
+    # gradient in a hundred steps, where the usual 0.999 takes a thousand.
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
+    saved, state = last["optimizer"] if last else {}, {}
+    for k, (name, p) in enumerate(net.named_parameters() if last else ()):
+        state[k] = {"step": saved["step"].clone()}
+        for key in ("exp_avg", "exp_avg_sq"):
+            x = state[k][key] = saved[key].get(name, torch.empty(0))
+            if x.shape != p.shape:
+                raise ValueError(f"{args.out}/last.safetensors is damaged: its {key} of {name}")
+            if isinstance(p, DTensor):      # every process has read the file, and takes its share
+                state[k][key] = distribute_tensor(x.to(p.device), p.device_mesh, p.placements,
+                                                  src_data_rank=None)
+    if last:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return optimizer
 
-
-def whole(x):
-    """A DTensor, or a tree with some in it, -> the same with whole tensors. Every process has to
-    take part."""
-    if isinstance(x, sharded.DTensor):
-        x = x.full_tensor()
-        # A checkpoint's tensors wait on the CPU of the process that writes it, one by one: whole
-        # on a GPU all at once, they are what --fsdp was asked for to avoid
-        return x if x.ndim == 0 else x.cpu() if dist.get_rank() == 0 else None
-    if isinstance(x, dict):
-        return {key: whole(value) for key, value in x.items()}
-    return x
-
-
-def cut_like(x, p):
-    """The inverse: a whole tensor -> this process's share of it, if p is cut up."""
-    if not isinstance(p, sharded.DTensor) or x.shape != p.shape:    # (AdamW's step count is not)
-        return x
-    # Each process read the same file: it takes its share, and nothing is sent
-    return sharded.distribute_tensor(x.to(p.device), p.device_mesh, p.placements,
-                                     src_data_rank=None)
-
-
-# ---- setting up
-
-def start(args, dataset, pictures, last, init):
-    """-> (net, vae, state) as `build` has them, or as `last`, this run's last checkpoint, left
-    them."""
-    if last is None:
-        return build(args, dataset, pictures, init)
-    # (the raw weights, which the optimizer's moments belong to; averages are `equip`'s affair)
-    state = {k: last[k] for k in ("config", "text", "schedule", "vae") if k in last}
+def save(run, step, args):
+    """ema.safetensors: what somebody else needs to sample from the run. last.safetensors: all of
+    it."""
     if args.stage == "vae":
-        net = vae = G.build_vae(last).requires_grad_(True)
-        G.load_weights(net, last["weights"], f"{args.out}/last.pt")     # (last["vae"]: averages)
-    else:
-        text = text_encoder(last["text"], dataset, pictures, args)
-        net, vae = G.build_net(last, "weights", text), G.build_vae(last).to(args.device)
-    return net, vae, state
-
-
-def equip(net, args, last=None):
-    """-> (ema, optimizer, parallel): a net's averages, its AdamW, and what to call in its place; on
-    the device, cut up if --fsdp. last: a checkpoint to take averages and moments from."""
-    frozen = {id(m): m for m in net.modules() if isinstance(m, (G.FrozenEncoder, StoredText))}
-    ema = copy.deepcopy(net, frozen).eval().requires_grad_(False)       # frozen ones are shared
-    if last:                # while tensors are whole: a checkpoint knows nothing of processes
-        load = partial(G.load_weights, ema) if args.stage == "vae" else ema.load
-        load(last["ema"], f"{args.out}/last.pt")
-    for module in (net.train(), ema):
-        if args.fsdp:
-            shard(module, args)                             # it moves what it cuts, block by block
-        module.to(args.device)
-    # From here on the weights stay where they are: the optimizer, built next, holds on to them
-    if args.stage != "vae":
-        net.model.checkpoint_activations = args.checkpoint_activations
-        for block in net.model.blocks if args.compile else ():
-            # Block by block: all are compiled once, as one, in seconds and not in minutes; and in
-            # place, so names in checkpoints stay as they are
-            block.compile()
-    # OURS: betas and no decay (the paper says AdamW and its rate); 0.99 forgets an early large
-    # gradient in a hundred steps, where the usual 0.999 takes a thousand
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
-                                  betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    if last:
-        saved, trained = last["optimizer"]["state"], optimizer.param_groups[0]["params"]
-        check_moments(args, saved, trained)
-        # Only the moments are taken over: rates and betas are this code's, not the file's
-        moments = {k: {name: cut_like(x, trained[k]) for name, x in saved[k].items()}
-                   for k in saved}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    copies = args.world_size > 1 and not args.fsdp
-    return ema, optimizer, torch.nn.parallel.DistributedDataParallel(net) if copies else net
-
-
-def pairs(net, ema):
-    """The trained weights, and their averages in the same order."""
-    # (an average has requires_grad off, so it is the other one that tells which are trained)
-    both = [(p, q) for p, q in zip(net.parameters(), ema.parameters()) if p.requires_grad]
-    return [p for p, _ in both], [q for _, q in both]
-
-
-def feed(args, net, ema, vae, dataset, pictures, prompts, first):
-    """-> the batches of step first, first + 1, ... and preview(path), of the stage at hand: all in
-    which the stages differ, once the loop runs."""
+        measure_latents(run.ema, run.dataset, args)
+    vae = run.ema if args.stage == "vae" else run.vae
+    moments = {name: run.optimizer.state[p] for name, p in run.net.named_parameters()}
+    state = full_tensors({
+        **run.state, "stage": args.stage, "step": step, "size": list(args.size),
+        "frames": args.frames, "fps": args.fps, "flags": flags_of(args),
+        "ema": run.ema.state_dict(), "weights": run.net.state_dict(), "optimizer": {
+            "step": next(iter(moments.values()))["step"],
+            "exp_avg": {name: moment["exp_avg"] for name, moment in moments.items()},
+            "exp_avg_sq": {name: moment["exp_avg_sq"] for name, moment in moments.items()}}})
+    if rank():
+        return                                             # it had to take part in gathering
+    if isinstance(vae, G.VAE):                             # a pretrained one stays a name
+        state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
     if args.stage == "vae":
-        return (vae_batches(args, dataset, net, first),
-                lambda path: preview_vae(path, ema, dataset, args))
-    shape = (args.batch_size, args.frames or 1, vae.channels,
-             *(side // vae.down for side in args.size))     # (B, F, C, h, w)
-    stills = latents_of(pictures, vae, args) if pictures is not None else None
-    clips = latents_of(dataset, vae, args)
-    return (joint_batches(args, clips, stills, net.schedule, shape, first),
-            lambda path: preview_samples(path, ema, vae, dataset, prompts, args))
+        del state["ema"]                                   # it is state["vae"]
+    halves = lambda x: {key: halves(v) for key, v in x.items()} if isinstance(x, dict) else \
+        x.half() if isinstance(x, torch.Tensor) else x
+    shared = {key: value for key, value in state.items() if key not in ("weights", "optimizer")}
+    # In this order: a run is done when last.safetensors says so
+    G.save_checkpoint(Path(args.out) / "ema.safetensors", halves(shared))
+    G.save_checkpoint(Path(args.out) / "last.safetensors", state)
 
+@torch.no_grad()
+def measure_latents(vae, dataset, args, n=512):
+    """Measures mean and standard deviation of each latent channel over n items, and keeps them in
+    the autoencoder. The noise schedule expects latents of mean 0 and variance 1."""
+    n, z = min(n, len(dataset)), []
+    for i in range(0, n, CHUNK):
+        clips, _ = collate([dataset[k] for k in range(i, min(i + CHUNK, n))])
+        z.append(vae.posterior(G.to_float(clips).to(args.device))[0].cpu().double())
+    z = torch.cat(z).transpose(0, 2).flatten(1)            # (B, F, C, h, w) -> (C, all the rest)
+    vae.mean.copy_(z.mean(1).view_as(vae.mean))
+    vae.std.copy_(z.std(1).clamp(min=1e-4).view_as(vae.std))
 
-def train(args):
-    """Sets up one stage, resumes if there is something to resume, and trains."""
-    last, init = prepare(args)
-    out, stop = Path(args.out), Stop(args)                  # --minutes count from here
-    # ---- what trains, and where it stands
-    if last:
-        check_resumable(args, last)
-    dataset, pictures, prompts = open_data(args)
-    net, vae, state = start(args, dataset, pictures, last, init)
-    ema, optimizer, parallel = equip(net, args, last)
-    first = last["step"] if last else 0
-    if last:
-        print_main(args, f"resume: {out}/last.pt, step {first} of {args.steps}")
-    if first >= args.steps:
-        print_main(args, f"done: {out} has its {first} steps. To go on: --steps {2 * first}; "
-                         f"to start afresh: --no-resume")
-        return 0
-    del last, init                                          # as large as the model: let go
-    # ---- what it trains on, and what shows how it goes
-    trained, averaged = pairs(net, ema)
-    print_main(args, f"{args.stage}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters, "
-                     f"{args.steps} steps of {args.batch_size}, {args.device}, {args.precision}")
-    batches, preview = feed(args, net, ema, vae, dataset, pictures, prompts, first)
-    (out / "samples").mkdir(exist_ok=True)
-    log = Log(out / "log.csv", first, args.main)
-    skipped, in_a_row = log.skipped, 0
-    # `net` is built and saved, `parallel` is net as the processes share it, `ema` is what previews
-    # draw with. (The bar is closed also by an error, whose one line then stands alone.)
-    with tqdm(total=args.steps, initial=first, disable=not args.main, dynamic_ncols=True) as bar:
-        # (range first, or zip would have one batch too many encoded before it stops)
-        for step, inputs in zip(range(first, args.steps), batches):
-            # ---- the training step
-            tick = time.monotonic()
-            losses = backward(parallel, inputs, args)
-            norm = update(trained, averaged, optimizer, step, args)
-            bad = not math.isfinite(norm)                       # was skipped: counted here
-            skipped, in_a_row = skipped + bad, in_a_row + 1 if bad else 0
-            # ---- from here on we only watch, and save
-            done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
-            # (the vae's inputs end with noise, all other stages' with Draws)
-            t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device), args)
-            log.write(done, gather(losses, args), t, norm, skipped, speed)
-            bar.update()
-            bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
-            if in_a_row == 10:                              # one is bad luck, ten are a dead model
-                raise ValueError(f"no finite gradient in 10 steps, at step {done}; {out}/last.pt "
-                                 f"holds the last good one; try a lower --lr, or --precision fp32")
-            why = stop.why(args)
-            # Never in a row of bad steps: last.pt is to hold weights that were seen to work
-            if (done % args.save_every == 0 or done == args.steps or why) and not in_a_row:
-                save(out, state, net, ema, optimizer, done, args, dataset, vae)
-            if done % args.sample_every == 0 or done in (100, args.steps):     # 100: a first look
-                verdict = preview(out / "samples" / f"{done:06d}")
-                if args.main:
-                    plot_log(out / "log.csv", out / "loss.png")
-                    bar.write(f"step {done}: loss {log.recent():.4f}  {verdict}  "
-                              f"{out}/samples/{done:06d}")
-            if why:
-                break
-    if in_a_row:
-        raise ValueError(f"the last {in_a_row} steps, up to {done}, had no finite gradient and "
-                         f"were not saved; try a lower --lr, or --precision fp32")
-    finish(out, done, why, prompts[0], args)
-    return 0
+def save_sheets(path, sheets, fps):
+    """Writes a list of F PIL images: a PNG, or a GIF of several."""
+    if rank() == 0:
+        with D.writing(f"{path}.{'gif' if len(sheets) > 1 else 'png'}") as file:
+            D.save_gif(file, sheets, fps) if len(sheets) > 1 else sheets[0].save(file)
 
+# column of log.csv: (name, colour in the plot). The bands lie far apart, and which of them falls
+# says what is being learned: layout at most noise, edges at least.
+CURVES = {"loss": ("loss", "#111111"), "loss_t0": ("least noise", "#4477dd"),
+          "loss_t1": ("some", "#44aa66"), "loss_t2": ("more", "#dd9933"),
+          "loss_t3": ("most noise", "#cc4444"), "held_out": ("held out", "#aa44aa")}
+HEADER = ",".join(("step", *CURVES, "grad_norm", "skipped", "items_per_s"))
+ROW = re.compile(r"\d{1,12}(,(-?\d+\.?\d*(e[-+]?\d+)?|nan|inf)?){7},\d+,\d+\.\d*", re.ASCII)
 
-def finish(out, step, why, prompt, args):
-    """The last words: how to go on, or what to do with the result, as a command to be copied."""
-    if step < args.steps:
-        print_main(args, f"stopped by {why} after step {step} of {args.steps}, saved. "
-                         f"To go on: the same command")
-    elif args.stage == "vae":
-        print_main(args, f"done: {out}/ema.pt. To use it: python train.py --vae {out}/ema.pt")
-    else:
-        frames = f" --frames {args.frames}" if args.frames else ""
-        print_main(args, f"done: {out}/ema.pt. To sample: python sample.py \"{prompt}\"{frames}")
+class Log:
+    """log.csv, one row a step. It is kept in memory and written before each checkpoint, so that a
+    resumed run goes on with the rows up to its checkpoint. Raises ValueError for a file with other
+    columns, as a spreadsheet may have saved it."""
+    def __init__(self, path, first):
+        self.path, self.rows = path, []                    # rows: lists of strings
+        if first and path.exists():
+            with D.open_input(path, most=2 ** 30) as file:
+                header, *lines = file.read().decode("ascii", "replace").splitlines() or [HEADER]
+            if header != HEADER:
+                raise ValueError(f"{path} is not as this run wrote it; move it away to go on")
+            rows = [line.split(",") for line in lines if ROW.fullmatch(line)]
+            self.rows = [row for row in rows if int(row[0]) <= first]
 
+    def add(self, step, losses, t, held, norm, speed):
+        """losses (B,), t (B,) or None: the mean loss, and its mean in four bands of noise; held:
+        the held-out loss or nan; norm: that of the gradients; skipped steps are counted."""
+        band = torch.full_like(losses, 9) if t is None else t * 4 // 1000      # (B,) 0 .. 3
+        means = [losses.mean(), *(losses[band == k].mean() for k in range(4)), held]
+        skipped = int(self.rows[-1][-2] if self.rows else 0) + (not math.isfinite(norm))
+        cells = [f"{x:.7g}" if math.isfinite(x) else "" for x in map(float, means)]
+        self.rows.append([f"{step}", *cells, f"{norm:.5g}", f"{skipped}", f"{speed:.1f}"])
 
-# -----------------------------------------------------------------------------
-# 7. --dry-run: how large? --benchmark: how fast?
-# -----------------------------------------------------------------------------
+    def save(self):
+        """Writes the file anew."""
+        if rank() == 0:
+            with D.writing(self.path) as file:
+                file.write_text("".join(f"{row}\n" for row in (HEADER, *map(",".join, self.rows))))
 
-# Both look at the Transformer alone, the part that grows: text and latents are random numbers of
-# the right shapes, so nothing has to be downloaded, encoded or read.
+    def recent(self):
+        """Mean loss of the last 100 steps."""
+        return np.mean([float(row[1] or "nan") for row in self.rows[-100:]])
+
+def plot_log(log):
+    """loss.png: the loss, its parts by noise level and the held-out loss, on a logarithmic axis. It
+    is drawn with pillow, which needs no further package."""
+    cells = np.array([[float(cell or "nan") for cell in row[:1 + len(CURVES)]] for row in log.rows])
+    # Means over 100 parts of the run, of what is known in each
+    means = np.array([np.ma.masked_invalid(part).mean(0).filled(np.nan)
+                      for part in np.array_split(cells, min(100, len(cells)))])
+    seen = means[:, 1:][means[:, 1:] > 0]                  # (nan is not)
+    if rank() or len(means) < 2 or not len(seen):
+        return                                             # one point is no curve
+    # From what is plotted to pixels; y grows downwards
+    W, H, left, top, right, bottom = 760, 400, 64, 30, 20, 40
+    steps, low, high = means[:, 0], math.log10(seen.min()) - 0.05, math.log10(seen.max()) + 0.05
+    to_x = lambda s: left + (W - left - right) * (s - steps[0]) / (steps[-1] - steps[0])
+    to_y = lambda v: top + (H - top - bottom) * (high - math.log10(v)) / (high - low)
+    image = Image.new("RGB", (W, H), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+    write = lambda x, y, text, anchor: pen.text((x, y), text, "#555555", font, anchor)
+    for tick in (m * 10.0 ** k for k in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)):
+        if low <= math.log10(tick) <= high:
+            pen.line([(left, to_y(tick)), (W - right, to_y(tick))], fill="#e4e4e4")
+            write(left - 8, to_y(tick), f"{tick:g}", "rm")
+    for s in np.linspace(steps[0], steps[-1], 5):
+        write(to_x(s), H - bottom + 8, f"{s:.0f}", "mt")
+    x = left                                               # of the legend, along the top
+    for (name, (label, ink)), curve in zip(CURVES.items(), means.T[1:]):
+        points = [(to_x(s), to_y(v)) for s, v in zip(steps, curve) if v > 0]
+        if points:                                         # stage vae has no noise levels
+            pen.line(points, fill=ink, width=3 if name == "loss" else 1)
+            pen.text((x, 6), label, fill=ink, font=font)
+            x += 24 + pen.textlength(label, font=font)
+    with D.writing(log.path.with_name("loss.png")) as file:
+        image.save(file)
+
+# ---- 11. --dry-run: how large? --benchmark: how fast? --------------------------------------------
 
 WIDTHS = dict(small=128, labels=128, clip=768, t5=4096)     # channels, known without a download
-WORDS = 77                      # tokens a text, as many as CLIP reads, wherever a text is made up
 
+def imagine(args, frames):
+    """The model that the flags describe, with nothing loaded -> (config, shape of its latents
+    (B, F, C, h, w), floating-point operations of one item's forward pass, a random text encoder).
+    OURS: the paper's sizes read the paper's encoders unless --text says otherwise."""
+    spec = args.text or ("small" if args.preset == "nano" else "clip+t5")
+    dims = [WIDTHS.get(name) for name in spec.split("+") if spec != "none"]    # None is refused
+    cfg = G.GenTronConfig(**{name: getattr(args, name) for name in CONFIG}, text_dims=dims,
+                          temporal=args.stage == "t2v")
 
-def imagine(args, temporal):
-    """The GenTronConfig that the flags describe, with nothing loaded. OURS: the paper's sizes read
-    the paper's encoders unless --text says otherwise. Raises ValueError."""
-    nano, dims = args.preset in (None, "nano"), []
-    spec = args.text or ("small" if nano else "clip+t5")
-    for name in spec.split("+") if spec != "none" else []:
-        config = Path(name) / "config.json"                 # a folder of the transformers library
-        if name not in WIDTHS and not config.is_file():
-            raise ValueError(f"the width of text encoder '{name}' is not known here; "
-                             f"try one of {', '.join(WIDTHS)}, or its folder")
-        known = WIDTHS if name in WIDTHS else json.loads(config.read_text())
-        # T5 calls it d_model, CLIP hidden_size
-        dims.append(known.get(name) or known.get("d_model") or known["hidden_size"])
-    sizes = {k: getattr(args, k) or v for k, v in G.PRESETS[args.preset or "nano"].items()}
-    return G.GenTronConfig(**sizes, text_dims=dims, conditioning=args.conditioning or "cross",
-                           temporal=temporal)
-
-
-def shape_of(args, cfg, items, frames):
-    """(B, F, C, H, W) of latents: 8 times smaller than pictures, ours and Stable Diffusion's."""
-    return items, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8
-
-
-def tokens_of(cfg, shape):
-    """F N, the number of tokens of one item of this shape."""
-    return shape[1] * shape[3] * shape[4] // cfg.patch_size ** 2
-
-
-def random_text(dims, B):
-    """A Text of B rows of WORDS random tokens, on the default device."""
-    mask = torch.ones(B, WORDS, dtype=torch.bool)
-    return G.Text(tuple(torch.randn(B, WORDS, d) for d in dims), (mask,) * len(dims),
-                  torch.randn(B, sum(dims)))
-
-
-# ---- how large: counted, not estimated by formulas, which would have to follow every edit of the
-# model. PyTorch runs the real forward pass on tensors that have shapes and no contents.
-
-def count_flops(cfg, shape):
-    """Floating-point operations of one forward pass, shape (B, F, C, H, W); a training step takes
-    three times as many: backward are two products, for the inputs and for the weights."""
-    # (On the CPU torch's counter overlooks its fused attention; on meta that is two products.)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        text = random_text(cfg.text_dims, shape[0])
-        G.GenTron(cfg)(torch.empty(shape), torch.empty(shape[0]), text)
-    return counter.get_total_flops()
-
-
-def count_weights(cfg):
-    """How many numbers a Transformer trains: all of its weights."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in G.GenTron(cfg).parameters())
-
-
-def count_saved(cfg, shape, bf16=False, again=False):
-    """Bytes that one forward pass keeps for the backward pass, shape (B, F, C, H, W): each tensor
-    that autograd saves, once, but for the weights. again: with --checkpoint-activations."""
-    kept = {}
-
-    def keep(x):
-        kept[x.untyped_storage()._cdata] = x                # views of one storage count once
-        return x
-    # Fake tensors, not meta: they take the way through torch that real ones on a CPU would, and
-    # which tensors are saved depends on it (fused attention saves no scores)
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        model = G.GenTron(cfg).train()
-        model.checkpoint_activations = again
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            text = random_text(cfg.text_dims, shape[0])
-            model(torch.empty(shape), torch.empty(shape[0]), text)
-        return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
-
-
-def count_activations(cfg, shape, bf16=False, again=False):
-    """`count_saved` of any depth and batch, with what checkpointing computes again -> (bytes
-    whatever the batch, bytes an item). It is a straight line in depth and in items, so a few blocks
-    and one or two items tell: G/2 is never run, not even without contents."""
-    few = max(1, len(cfg.text_dims))                        # so many blocks read each encoder once
-
-    def of(items, again):
-        at = (items, *shape[1:])
-        small, large = (count_saved(dataclasses.replace(cfg, depth=depth), at, bf16, again)
-                        for depth in (few, 2 * few))
-        return small + (cfg.depth / few - 1) * (large - small)
-    one, two = of(1, again), of(2, again)
-    if again:               # the blocks' inputs are kept, and one block's inside at a time
-        one, two = one + of(1, False) / cfg.depth, two + of(2, False) / cfg.depth
-    return 2 * one - two, two - one                         # at no item, and of one more
-
+    def text(captions, device=args.device):
+        B, L, new = len(captions), 77, partial(torch.randn, device=device)     # as long as CLIP's
+        mask = torch.ones(B, L, dtype=torch.bool, device=device)
+        return G.Text(tuple(new(B, L, d) for d in dims), (mask,) * len(dims), new(B, sum(dims)))
+    shape = (args.batch_size, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:      # no contents
+        G.GenTron(cfg)(torch.empty(1, *shape[1:]), torch.empty(1), text([""], "meta"))
+    return cfg, shape, counter.get_total_flops(), text
 
 def dry_run(args):
     """Prints what the flags' model would take, and allocates none of it."""
-    prepare(args)
-    frames, (high, wide) = args.frames or 1, args.size
-    cfg = imagine(args, temporal=args.stage == "t2v")
-    shape = shape_of(args, cfg, 1, frames)
-    still, moving = (count_weights(dataclasses.replace(cfg, temporal=t)) for t in (False, True))
-    flops = count_flops(cfg, shape)
-    print(f"{args.preset or 'nano'}: {cfg.depth} blocks of {cfg.width} channels, {high}x{wide}, "
-          f"{tokens_of(cfg, shape)} tokens, text of {' + '.join(map(str, cfg.text_dims)) or 'no'} "
-          f"channels")
-    print(f"{still / 1e6:.1f} M parameters, {moving / 1e6:.1f} M with temporal layers")
-    print(f"{flops / 1e9:.1f} GFLOPs {'an image' if frames == 1 else 'a clip'}, "
-          f"{3 * flops / 1e9:.1f} to train on it")
-    print_memory(args, cfg, shape, 4 * (moving if cfg.temporal else still))     # all in fp32
-    return 0
-
-
-def print_memory(args, cfg, shape, weights):
-    """A table: what a process needs, without and with each flag that saves memory. weights: their
-    bytes; shape: one item's."""
-    print(f"memory of a process in GB, batch {args.batch_size}, {args.precision}; estimated from "
-          f"shapes, without workspace and the frozen encoders")
-    columns = ("weights", "gradients", "AdamW", "EMA", "activations", "all")
-    print(f"{'':<54}" + "".join(f"{column:>12}" for column in columns))
-    for again in (False, True):
-        fixed, an_item = count_activations(cfg, shape, args.precision == "bf16", again)
-        for accum, processes in itertools.product((1, 16), (1, max(8, args.world_size))):
-            items = args.batch_size / accum / max(processes, args.world_size)
-            if items < 1:
-                continue                                    # there is less than one item to a turn
-            part = weights / processes
-            # Two blocks are whole at a time, the one at work and the next one on its way; and
-            # `fixed` is the weights in bf16, which are then let go with the block
-            travelling = 2 * weights / cfg.depth if processes > 1 else 0
-            saved = items * an_item + (fixed if processes == 1 else 0)
-            row = [part + travelling, part, 2 * part, part, saved]     # AdamW: two moments each
-            flags = [f"--fsdp on {processes}"] * (processes > 1)
-            flags += [f"--grad-accum {accum}"] * (accum > 1) + ["--checkpoint-activations"] * again
-            print(f"{' '.join(flags) or 'no flag':<54}"
-                  + "".join(f"{cell / 1e9:12.2f}" for cell in (*row, sum(row))))
-
-
-# ---- how fast
-
-class RandomText(torch.nn.Module):
-    """Stands in for the text encoders where only the time matters: B captions -> a random Text."""
-    trained = False
-
-    def __init__(self, dims, device):
-        super().__init__()
-        self.dims, self.device = dims, device
-
-    def forward(self, captions):
-        """List of B strings, whatever they say -> a Text of B rows."""
-        with torch.device(self.device):
-            return random_text(self.dims, len(captions))
-
-
-def clock(args):
-    """Seconds, once the device has done all that it was asked to."""
-    if args.device.type == "cuda":
-        torch.cuda.synchronize()        # (a GPU takes orders, and answers before they are done)
-    return time.perf_counter()
-
-
-def time_in_turn(ways, turns, args):
-    """{name: function of the turn's number} -> {name: seconds (turns,)}. Each turn runs them all:
-    machines drift, and only neighbours in time compare. Three more turns go first, to warm up."""
-    seconds = {name: [] for name in ways}
-    for turn in tqdm(range(3 + turns), desc="benchmark", leave=False, disable=not args.main):
-        for name, run in ways.items():
-            started = clock(args)
-            run(turn)
-            seconds[name].append(clock(args) - started)
-    return {name: np.array(all_of_it[3:]) for name, all_of_it in seconds.items()}
-
-
-def peak_memory(args):
-    """The most bytes in use so far: of the GPU's memory, or of this process's."""
-    if args.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # here, because Windows has none
-    unit = 1 if sys.platform == "darwin" else 1024          # Linux counts in kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
+    args, *_ = prepare(args)
+    cfg, shape, flops, _ = imagine(args, args.frames)
+    with torch.device("meta"):
+        models = [G.GenTron(dataclasses.replace(cfg, temporal=on)) for on in (False, True)]
+    n = [sum(p.numel() for p in model.parameters()) for model in models]
+    say(f"{args.preset}: {', '.join(f'{name} {getattr(cfg, name)}' for name in CONFIG)}, text of "
+        f"{cfg.text_dims} channels, latents {shape[1:]}",
+        f"{n[0] / 1e6:.1f} M parameters, {n[1] / 1e6:.1f} M with temporal layers",
+        f"{flops / 1e9:.1f} GFLOPs an item, {3 * flops / 1e9:.1f} to train on it",
+        "GB of a process, fp32; activations come on top: see --benchmark",
+        f"{'':16}{'weights':>10}{'gradients':>10}{'AdamW':>10}{'EMA':>10}{'all':>10}")
+    for N in (1, max(8, processes())):                     # bytes a parameter; AdamW has 2 moments
+        parts = [k * n[cfg.temporal] / N / 1e9 for k in (4, 4, 8, 4, 20)]
+        say(f"{f'--fsdp on {N}' if N > 1 else 'without --fsdp':16}"
+            + "".join(f"{part:10.2f}" for part in parts))
 
 def benchmark(args):
-    """Times training steps on random latents and text, one line a setting. With --conditioning
-    adaln and diffusers installed, its DiT of the same sizes is timed too. A cache of --data is read
-    for the clock. Writes nothing."""
-    prepare(args)
-    flags = [f"--{name.replace('_', '-')}" for name in ("fsdp", "compile", "checkpoint_activations")
-             if getattr(args, name)]
-    print_main(args, f"{args.preset or 'nano'}, {args.size[0]}x{args.size[1]}, batch "
-                     f"{args.batch_size} on {args.world_size} x {args.device}, "
-                     f"{' '.join([args.precision, *flags])}; % of the rate of matrix products")
-    # In rising order: of a process's memory only the highest peak is known
-    counts = [args.frames or 1] if args.frames or args.stage != "t2v" else [1, 4, 8, 16, 32]
-    for frames in counts:
-        time_training(args, frames)
-    if args.stage == "t2v":
-        time_guidance(args, args.frames or 8)
-    if D.cache_index(args.data):
-        time_cache(args, D.Cache(args.data))
-    return 0
+    """Times training steps on random data, one line a number of frames."""
+    import resource  # here, because Windows has none
+    steps, all_frames = args.steps or 10, [args.frames] if args.frames else [1, 4, 8, 16, 32]
+    args, *_ = prepare(args)
+    cuda, B, own = args.device.type == "cuda", args.batch_size, own_part(args.batch_size)
+    say(f"{args.preset}, {args.size[0]}x{args.size[1]}, batch {B} on {processes()} x {args.device}"
+        f", {args.precision}; medians of {steps} steps",
+        "frames    s/step   items/s   TFLOP/s   of matmul   peak GB")
+    # A model is mostly matrix products: one of two large matrices is the best it could reach
+    n, kind = 8192 if cuda else 512, torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a = torch.randn(n, n, device=args.device, dtype=kind)
+    for frames in all_frames if args.stage == "t2v" else [1]:
+        cfg, shape, flops, text = imagine(args, frames)
+        schedule, times = G.NoiseSchedule(args.schedule, args.objective, args.noise_shift), []
+        run = start(G.Net(G.GenTron(cfg), text, schedule), args)
+        inputs = (torch.randn(shape)[own], [""] * B, G.randomness(0, 0, shape, schedule)[own])
+        for step in tqdm(range(3 + steps), leave=False, disable=rank() > 0):     # 3 to warm up
+            begin, _, middle = time.monotonic(), (a @ a)[0, 0].item(), time.monotonic()
+            training_step(run, inputs, step, args)
+            times.append((middle - begin, time.monotonic() - middle))
+        matmul, seconds = np.median(times[3:], axis=0)
+        rate = 3 * flops * B / seconds / processes()
+        peak = torch.cuda.max_memory_allocated() if cuda else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024      # kilobytes on Linux
+        say(f"{frames:6}{seconds:10.3f}{B / seconds:10.1f}{rate / 1e12:10.3g}"
+            f"{rate / (2 * n ** 3 / matmul):12.0%}{peak / 1e9:10.2f}")
 
-
-def time_training(args, frames):
-    """One line for clips of so many frames: median time, rates, memory."""
-    cfg = imagine(args, temporal=args.stage == "t2v")
-    shape = shape_of(args, cfg, args.batch_size, frames)
-    with torch.device("cpu" if args.fsdp else args.device):
-        net = G.Net(G.GenTron(cfg), RandomText(cfg.text_dims, args.device),
-                    G.NoiseSchedule(args.schedule, args.objective))
-    ema, optimizer, parallel = equip(net, args)
-    inputs = (torch.randn(shape)[args.own], [""] * args.batch_size,
-              G.randomness(args.seed, 0, shape, net.schedule)[args.own])
-    # What a model, which is mostly products, could reach at best: one of two large matrices
-    n = 8192 if args.device.type == "cuda" else 512
-    a = torch.randn(n, n, device=args.device,
-                    dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
-
-    def ours(turn):                                         # all of a step, as `train` makes it
-        backward(parallel, inputs, args)
-        update(*pairs(net, ema), optimizer, turn, args)
-    ways = {"product": lambda turn: a @ a, "gentron": ours}
-    if args.conditioning == "adaln" and frames == 1 and shape[3] == shape[4]:
-        theirs = diffusers_step(args, cfg, inputs[0])
-        ways |= {"diffusers": theirs} if theirs else {}
-    seconds = time_in_turn(ways, args.steps, args)
-    # The median: one turn in which the machine did something else moves a mean, not the middle
-    best, median = (float(np.median(seconds[name])) for name in ("product", "gentron"))
-    rate = 3 * count_flops(cfg, (1, *shape[1:])) * args.batch_size / median
-    share = rate / (2 * n ** 3 / best * args.world_size)
-    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M"
-    unit = "clips" if frames > 1 else "images"
-    print_main(args, f"{frames:3} frames, {tokens_of(cfg, shape):5} tokens, {size}: "
-                     f"{median:.3f} s a step, {args.batch_size / median:.1f} {unit}/s, "
-                     f"{rate / 1e12:.3g} TFLOP/s ({share:.0%}), "
-                     f"peak {(peak_memory(args) - a.nbytes) / 1e9:.2f} GB")
-    if "diffusers" in seconds:
-        ratio = seconds["diffusers"] / seconds["gentron"]   # turn by turn
-        print_main(args, f"diffusers' DiT: {np.median(seconds['diffusers']):.3f} s a step; gentron "
-                         f"is {np.median(ratio):.2f} times as fast (median of {len(ratio)} turns)")
-
-
-def diffusers_step(args, cfg, z):
-    """A function that takes one training step with diffusers' DiT of cfg's sizes on z, or None."""
-    try:
-        from diffusers import DiTTransformer2DModel
-    except ImportError:
-        print("diffusers is not installed: timed alone")
-        return None
-    dit = DiTTransformer2DModel(
-        num_attention_heads=cfg.heads, attention_head_dim=cfg.width // cfg.heads,
-        patch_size=cfg.patch_size, in_channels=cfg.in_channels, out_channels=cfg.in_channels,
-        num_layers=cfg.depth, sample_size=z.shape[-1]).to(args.device)
-    z = z[:, 0].to(args.device)                                            # (B, C, H, W)
-    t, labels = (torch.randint(1000, (len(z),), device=args.device) for _ in range(2))
-    ema, optimizer = copy.deepcopy(dit), torch.optim.AdamW(dit.parameters(), fused=True)
-
-    def step(turn):                                         # the same work around the model as ours
-        with autocast(args):
-            loss = dit(z, t, labels).sample.float().square().mean()
-        loss.backward()
-        update(*pairs(dit, ema.requires_grad_(False)), optimizer, turn, args)
-    return step
-
-
-@torch.no_grad()
-def time_guidance(args, frames):
-    """One line: a sampling step guided by text and motion, of one clip, as `guided` does it (three
-    branches in a batch, the text read once) and as three forwards that each read the text."""
-    cfg = imagine(args, temporal=True)
-    with torch.device(args.device):
-        model = G.GenTron(cfg).eval()
-        z, t = torch.randn(shape_of(args, cfg, 1, frames)), torch.full((1,), 500)
-        text, null = random_text(cfg.text_dims, 1), random_text(cfg.text_dims, 1)
-        off = torch.zeros(1, dtype=torch.bool)
-    predict = G.guided(model, text, null, cfg=4.0, motion_scale=1.2)
-
-    @autocast(args)
-    def in_a_batch(turn):
-        predict(z, t)
-
-    @autocast(args)
-    def one_by_one(turn):
-        model(z, t, text)
-        model(z, t, null)
-        model(z, t, null, off)
-    seconds = time_in_turn({"batch": in_a_batch, "three": one_by_one}, 2 * args.steps, args)
-    batch, three = (float(np.median(seconds[name])) for name in ("batch", "three"))
-    print_main(args, f"guided sampling step, {frames} frames: {1000 * batch:.1f} ms in one batch "
-                     f"with the text read once, {1000 * three:.1f} ms in three forwards: "
-                     f"{three / batch:.2f} times as fast")
-
-
-def time_cache(args, cache):
-    """One or two lines: how fast a cache feeds a run, latents alone, and the text's features."""
-    # From the second epoch on: the first walks straight through the files, which is easier
-    step = -(-len(cache) // args.batch_size)
-    batch = lambda turn: cache[places_of_step(args.seed, step + turn, args.batch_size, len(cache))]
-    ways = {"latents": batch}
-    if cache.encoders:
-        text = StoredText([cache], args.device)
-        ways["latents with text features"] = lambda turn: text(batch(turn)[1])
-    seconds = time_in_turn(ways, 10 * args.steps, args)
-    for name, times in seconds.items():
-        print_main(args, f"{cache.root}: {args.batch_size / float(np.median(times)):,.0f} {name} "
-                         f"a second, of {'x'.join(map(str, cache.shape))}")
-
-
-# -----------------------------------------------------------------------------
-# 8. Main
-# -----------------------------------------------------------------------------
-
-def out_of_memory(error):
-    """Does an exception say that there was not enough memory, on a GPU or on the CPU?"""
-    # (on the CPU torch raises a plain RuntimeError, and only its words differ from a bug's)
-    says = str(error).lower()
-    return isinstance(error, MemoryError) or any(
-        words in says for words in ("out of memory", "can't allocate memory", "not enough memory"))
-
-
-def advice(args):
-    """What to do about too little memory: flags not yet in use, the cheapest first."""
-    flags = ["--precision bf16"] * ("cuda" in str(args.device) and args.precision == "fp32")
-    # Accumulation costs no time, so it goes before computing twice; but it must divide the batch
-    share = (args.batch_size or 2) // args.world_size
-    flags += [f"--grad-accum {2 * args.grad_accum}"] * (share % (2 * args.grad_accum) == 0)
-    flags += ["--checkpoint-activations"] * (not args.checkpoint_activations)
-    flags += ["--fsdp on several GPUs"] * (not args.fsdp) + ["a smaller --batch-size or --preset"]
-    return (f"out of memory, {args.stage} in batches of {args.batch_size} on {args.device}; "
-            f"try {', '.join(flags)}")
-
+# ---- 12. Main ------------------------------------------------------------------------------------
 
 def end_workers():
-    """Kills what the loader has started; they ignore SIGTERM, so an exit that asks would wait."""
-    # A DataLoader's SIGCHLD handler raises when a worker dies, wherever the main process is just
-    # then: in the printing of a traceback, say, which ends in "lost sys.stderr". Not of these.
-    died = getattr(signal, "SIGCHLD", None)                 # Windows has none
-    handler = died and signal.signal(died, signal.SIG_DFL)
+    """Kills the loader's processes. They ignore SIGTERM, so an exit that asks would wait."""
+    # The loader's SIGCHLD handler raises when a worker dies
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if hasattr(signal, "SIGCHLD") else None
     for worker in multiprocessing.active_children():
         worker.kill()
         worker.join()
-    if died:
-        signal.signal(died, handler)
-
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
 
 def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
-    args = parser().parse_args(argv)
+    def work():
+        args = parser().parse_args(argv)
+        try:
+            (dry_run if args.dry_run else benchmark if args.benchmark else
+             encode if args.stage == "encode" else train)(args)
+        except RuntimeError as error:
+            if dist.is_initialized() and re.search("gloo|nccl|connection|peer", str(error), re.I):
+                raise ValueError("another process of this run has ended or hangs") from None
+            raise
     try:
-        return (dry_run if args.dry_run else benchmark if args.benchmark else
-                encode if args.stage == "encode" else train)(args)
-    except (ValueError, OSError) as error:
-        # (of a worker's error, which comes with its traceback, the last line)
-        print(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise                                           # a bug: its traceback is wanted
-        print(f"error: {advice(args)}", file=sys.stderr)
-        return 2
+        return D.run_main(work, "try --grad-accum, --checkpoint-activations, --fsdp on several "
+                                "GPUs, or a smaller --batch-size or --preset")
     finally:
         end_workers()
+        while LOCKS:
+            LOCKS.pop().close()         # the folder is free again
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     sys.exit(main())
