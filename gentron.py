@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as fn
 
 # ---- 1. Configuration (paper, Table 1) -----------------------------------------------------------
-# Parameters are counted with cross-attention to CLIP-L and T5-XXL, without temporal layers.
+# OURS: the heads. Parameters are counted with CLIP-L and T5-XXL, without temporal layers.
 PRESETS = {
     "nano": dict(depth=4,  width=160,  heads=5,  patch_size=2),   #    2.4 M (small text encoder)
     "S/2":  dict(depth=12, width=384,  heads=6,  patch_size=2),   #   60.3 M
@@ -87,8 +87,8 @@ def sincos(position, dim, max_period=10_000):
 
 
 def turn(x, pos):
-    """Rotary positions (Su et al. 2021) on half of the channels: x (..., T, d), pos (T,). Channels
-    k and k + d / 4 form a point of a plane, which is rotated by an angle in proportion to pos."""
+    """OURS: rotary positions (Su et al. 2021) on half of the channels: x (..., T, d), pos (T,).
+    Channels k and k + d / 4 form a point of a plane, turned by an angle in proportion to pos."""
     a, b, rest = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] // 2], dim=-1)
     quarter = torch.arange(a.shape[-1], device=x.device) / a.shape[-1]
     angles = pos[:, None] * 100 ** -quarter      # (T, d / 4): 1 to almost 1 / 100 radians a frame
@@ -388,7 +388,7 @@ class NoiseSchedule:
             return torch.randint(7 * self.steps // 10, self.steps, (n,), generator=generator)
         if self.objective == "eps":                        # uniform, as in DDPM and the paper
             return torch.randint(self.steps, (n,), generator=generator)
-        # OURS: a logit-normal (Esser et al. 2024), but wider: high noise decides what goes where
+        # OURS: a logit-normal (Esser et al. 2024) of spread 1.5, not 1: high noise decides places
         t = torch.sigmoid(1.5 * torch.randn(n, generator=generator)) * self.steps
         # OURS: F frames show one scene F times. Their average holds sqrt(F) times less noise, so a
         # clip is hidden as well as a picture only at a log(alpha / sigma) lower by log(F) / 2.
@@ -487,8 +487,8 @@ def guided(model, text, cfg=4.0, motion_scale=1.0, bf16=False):  # exercise 4
         e(null, off) + l_T (e(text, on) - e(null, on)) + l_M (e(null, on) - e(null, off))
         = l_T e(text, on) + (l_M - l_T) e(null, on) + (1 - l_M) e(null, off)
     The weights sum to 1, so they apply to eps, v and flow alike. A weight of 0 is not evaluated:
-    motion_scale = 1 is plain text guidance, both 1 the conditional model. motion_scale None turns
-    temporal attention off everywhere. text: a Text of B prompts and, as its last row, the null
+    motion_scale = 1 is plain text guidance, both 1 the conditional model. motion_scale None puts
+    the identity mask everywhere. text: a Text of B prompts and, as its last row, the null
     text. bf16: the network runs in bf16, the sum in fp32."""
     B, device = len(text.pooled) - 1, next(model.parameters()).device
     prompts, null = list(range(B)), [B] * B                # rows of `text`
@@ -504,7 +504,7 @@ def guided(model, text, cfg=4.0, motion_scale=1.0, bf16=False):  # exercise 4
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with autocast():
         kvs, masks, pooled = model.prepare(text)           # keys and values: once a prompt
-    pick = lambda x: x[rows] if isinstance(x, torch.Tensor) else x         # None and 0 stay
+    pick = lambda x: x[rows] if isinstance(x, torch.Tensor) else x         # None, 0: no text
     prepared = ([kv and (pick(kv[0]), pick(kv[1])) for kv in kvs], [pick(m) for m in masks],
                 pick(pooled))
 
@@ -612,7 +612,7 @@ class ResBlock(nn.Module):
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, C, H/8, W/8).
     channels: C. kl: weight of the KL term. mean and std are measured after training: `encode`
-    returns latents of mean 0 and standard deviation 1 a channel (in place of a magic 0.18215)."""
+    returns latents of mean 0 and standard deviation 1 a channel (in place of SD's 0.18215)."""
     down = 8                             # pixels a latent, along each axis
 
     def __init__(self, channels=4, kl=1e-4):

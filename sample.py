@@ -48,7 +48,7 @@ SWEPT = ("ckpt", "cfg", "motion", "steps")                 # flags of several va
 
 def parser():
     """Every flag. The flags of SWEPT are lists; `settings` makes single values of them."""
-    # Types: values separated by commas; and l_M, where "off" is None (no temporal attention)
+    # Types: values separated by commas; and l_M, where "off" is None (the identity mask)
     listed = lambda read: lambda text: [read(part) for part in text.split(",")]
     motion = lambda text: None if text == "off" else D.number(float, 0, 100)(text)
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
