@@ -43,6 +43,7 @@ import data as D
 import gentron as G
 
 SWEPT = ("ckpt", "cfg", "motion", "steps")                 # flags of several values with --bench
+shown = lambda value: "off" if value is None else f"{value:g}"     # as on the command line
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
@@ -72,9 +73,8 @@ def parser():
     add("--ema", dest="weights", action="store_const", const="ema", default="ema", help="averaged")
     add("--raw", dest="weights", action="store_const", const="weights", help="raw, not averaged")
     add("--download", action="store_true", help="fetch encoders that the checkpoint names")
-    # OURS: 4, on the shapes world. The paper draws its clips with l_T = 7.5
-    add("--cfg", type=listed(D.number(float, 0, 100)), default=[4.0], metavar="l_T",
-        help="text guidance, uncond + l_T (cond - uncond); 1 = off (4)")
+    add("--cfg", type=listed(D.number(float, 0, 100)), default=[None], metavar="l_T", help="text "
+        "guidance, uncond + l_T (cond - uncond); 1 = off (4; models of a paper's preset: 7.5)")
     add("--motion", type=listed(motion), default=[1.0], metavar="l_M",
         help="motion-free guidance of clips: 1 = none (1); more motion above it; 'off': no motion")
     add("--steps", type=listed(D.number(int, 1, 1000)), default=[25], help="of the sampler (25)")
@@ -172,11 +172,17 @@ class Sampler:
         self.given = self.read_given() if args.init_image or args.first_frame else None
         D.say(f"{path}: {self.state['stage']}, step {self.state['step']}, "
               f"{'EMA' if args.weights == 'ema' else 'raw'} weights; {args.sampler}, {args.steps} "
-              f"steps, cfg {args.cfg:g}, motion {shown(args.motion)}, {self.precision}")
+              f"steps, cfg {self.cfg:g}, motion {shown(args.motion)}, {self.precision}")
         if self.size != trained:
             D.say(f"note: size {self.size} is untrained; positions are scaled to {trained}")
         if args.first_frame and not self.state["flags"].get("p_first_frame"):
             D.say("note: this model was not trained with --p-first-frame; expect wrong motion")
+
+    @property
+    def cfg(self):
+        """--cfg. OURS: by default 4 for nano. The paper draws its clips with l_T = 7.5."""
+        nano = self.state["flags"].get("preset") in (None, "nano")
+        return self.args.cfg if self.args.cfg is not None else 4.0 if nano else 7.5
 
     @torch.no_grad()
     def read_given(self):
@@ -206,16 +212,11 @@ class Sampler:
                 drawn = G.generate(
                     self.net.model, self.net.text, self.vae, self.net.schedule,
                     [prompts[k] for k in part], [seeds[k] for k in part], self.size, frames,
-                    args.cfg, args.motion, args.steps, args.sampler, self.device,
+                    self.cfg, args.motion, args.steps, args.sampler, self.device,
                     self.precision == "bf16", args.negative, self.given, on_step)
                 for k, clip in zip(part, drawn):
                     clips[k] = np.repeat(clip, args.frames // frames, axis=0)
         return np.stack(clips)                                             # (n, F, H, W, 3)
-
-
-def shown(value):
-    """A number, or None for "off", as on the command line."""
-    return "off" if value is None else f"{value:g}"
 
 
 # ---- 4. Pictures out -----------------------------------------------------------------------------
@@ -267,8 +268,7 @@ def write(clips, prompts, path, fps):
 def film_strip(clips, prompts, notes=None):
     """Clips as one image: a row a clip, its caption (and note) under the first frame. Pictures
     (F = 1) come as a grid."""
-    frames = len(clips[0])
-    notes = notes or [None] * len(clips)
+    frames, notes = len(clips[0]), notes or [None] * len(clips)
     if frames == 1:
         return D.contact_sheet(clips, prompts, min(10, math.ceil(math.sqrt(len(clips)))), notes)
     cells = [frame for clip in clips for frame in clip]     # n F of them, F to a row
@@ -360,7 +360,7 @@ def bench(args):
                         ("flicker", f"{entry['flicker']:.2f}")]
             print_row([*row, ("colours", entry["colors_present"]), ("ceiling", ceilings[name]),
                        ("n", len(prompts))], titles=first)
-        facts = {fact: sampler.state[fact] for fact in ("stage", "step", "made")}
+        facts = {x: sampler.state[x] for x in ("stage", "step", "made")} | {"cfg": sampler.cfg}
         records.append({**vars(one), **facts, "checkpoint": one.ckpt, "size": sampler.size,
                         "precision": sampler.precision, "device": str(sampler.device),
                         "torch": torch.__version__, "numpy": np.__version__, "categories": entries})
@@ -385,7 +385,7 @@ def strip(sampler, prompts, seeds, moments=12):
     the picture. With --cfg 1 guided equals unguided, and is left out: the estimates then show the
     order in which a picture is decided (layout, colour, edges)."""
     cells, labels, schedule = [], [], sampler.net.schedule
-    rows = ["noisy", "unguided", f"guided by cfg {sampler.args.cfg:g}"]
+    rows = ["noisy", "unguided", f"guided by cfg {sampler.cfg:g}"]
     for prompt, seed in zip(prompts, seeds):
         heard, steps = [], []                               # (z, output); (t, z, unguided, guided)
 
@@ -399,7 +399,7 @@ def strip(sampler, prompts, seeds, moments=12):
         sampler([prompt], [seed], on_step=on_step)
         hook.remove()
         keep = np.unique(np.linspace(0, len(steps) - 1, moments).astype(int))
-        for row, name in enumerate(rows[:2] if sampler.args.cfg == 1 else rows):
+        for row, name in enumerate(rows[:2] if sampler.cfg == 1 else rows):
             cells += [G.to_uint8(sampler.vae.decode(steps[k][1 + row]))[0] for k in keep]
             labels += [f"{f'{prompt}: {name}, ' if k == 0 else ''}t = {steps[k][0]}" for k in keep]
     return D.contact_sheet(cells, labels, len(keep), cell=96)

@@ -1505,7 +1505,7 @@ def test_a_step_is_forward_backward_clip_descent_and_average(step, accum):
     optimizer = torch.optim.SGD(net.parameters(), lr=7)
     args = SimpleNamespace(lr=0.5, lr_decay=0, ema=0.5, grad_accum=accum, precision="fp32",
                            device=torch.device("cpu"))
-    state = SimpleNamespace(parallel=net, weights=[net.w], averages=[average], optimizer=optimizer)
+    state = SimpleNamespace(net=net, weights=[net.w], averages=[average], optimizer=optimizer)
     rows = torch.tensor([1.0, 2, 3, 4])[:, None].expand(4, 4)
     losses, norm = train.training_step(state, [rows], step, args)
     assert losses.tolist() == [1, 2, 3, 4] and norm == pytest.approx(5)

@@ -24,12 +24,10 @@ import argparse
 import collections
 import copy
 import dataclasses
-import datetime
 import itertools
 import json
 import math
 import multiprocessing
-import re
 import shlex
 import signal
 import subprocess
@@ -45,7 +43,6 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,7 +52,6 @@ import data as D
 import gentron as G
 
 # ---- 1. Flags and their defaults -----------------------------------------------------------------
-
 # The defaults that depend on what is trained. The first three columns are for the nano preset and
 # the autoencoder, the last two for the paper's sizes. From the paper: lr 1e-4, constant, and 128
 # clips. OURS: the rest. nano learns a small world, so it has a high rate and a short EMA.
@@ -77,22 +73,20 @@ DEFAULTS = {
     "fps":           (4.0,      4.0,      4.0,      4.0,         4.0),
 }
 WARMUP = 100            # OURS: steps over which the learning rate rises
-# How many items of the shapes world a stage draws. The autoencoder sees each of them once. The
-# other stages encode theirs once, and train on them for many epochs.
+# Items of the shapes world: the autoencoder sees each once, the others train for many epochs
 DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)
 WIDER = dict(basic=1, full=3)           # the full world says more, so it has more t2i and t2v items
 PREVIEW_SEED = 10 ** 6  # the dataset seed of the previews' prompts; no run trains on it
 # The fields of the model's config that are flags: a new field becomes a flag by itself
 CONFIG = {f.name: f for f in dataclasses.fields(G.GenTronConfig) if "help" in f.metadata}
 
-
 def parser():
-    """Every flag, in four groups. None = the value is found later, by `resolve`."""
+    """Every flag, in four groups. None = the value is found later, by `prepare`."""
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                  allow_abbrev=False)
-    count, share = D.number(int, 1, 10 ** 9), D.number(float, 0, 1)
-    step, yes = D.number(int, 0, 10 ** 9), dict(action="store_true", default=False)
-    yes_no = dict(action=argparse.BooleanOptionalAction)
+    count, step, share = D.number(int, 1, 10 ** 9), D.number(int, 0, 10 ** 9), D.number(float, 0, 1)
+    yes = dict(action="store_true", default=False)
+    either = dict(action=argparse.BooleanOptionalAction)   # --flag and --no-flag
     group = p.add_argument_group("what to train")
 
     def add(flag, help, default=None, **options):
@@ -108,12 +102,11 @@ def parser():
     add("--stage", "what to train or make", "t2i", choices=("vae", "encode", "t2i", "t2v"))
     add("--preset", "size of the Transformer (nano, or that of --init)", choices=G.PRESETS)
     for name, f in CONFIG.items():
-        how = yes_no if f.type is bool else dict(type=count if f.type is int else f.type)
+        how = either if f.type is bool else dict(type=count if f.type is int else f.type)
         value = "the preset's" if name in G.PRESETS["nano"] else f.default
         add(f"--{name.replace('_', '-')}", f"{f.metadata['help']} ({value})", **how)
     add("--text", "small, small+small, labels, none, clip, t5, clip+t5 or NAME[+NAME] (small)")
-    add("--channels", "stage vae: channels of the latents; more show finer detail, and take longer "
-        "to learn", 4, type=D.number(int, 1, 256))
+    add("--channels", "stage vae: latent channels; more show more", 4, type=D.number(int, 1, 256))
     add("--vae", "a checkpoint, or a name for diffusers (assets/vae.safetensors)")
     add("--objective", "what the network predicts", choices=("eps", "v", "flow"))
     add("--schedule", "noise schedule; flow goes with straight", choices=tuple(G.OBJECTIVES))
@@ -142,7 +135,7 @@ def parser():
     group = p.add_argument_group("the run")
     add("--out", "the run's folder (runs/STAGE)")
     add("--init", "checkpoint to start from (t2v: the newest t2i run's)")
-    add("--resume", "go on with the run in the folder, or move it aside", True, **yes_no)
+    add("--resume", "go on with the run in the folder, or move it aside", True, **either)
     add("--save-every", "steps", 500, type=count)
     add("--sample-every", "steps between previews and held-out losses", 500, type=count)
     add("--workers", "processes that draw or decode", 2, type=D.number(int, 0, 256))
@@ -155,42 +148,33 @@ def parser():
     add("--benchmark", "time training steps on random data (t2v: at 1, 4, 8, 16, 32 frames)", **yes)
     return p
 
-
 # ---- 2. The data of a step -----------------------------------------------------------------------
-
 CHUNK = 64      # items that are encoded together: always the same ones, whatever the run
-
 
 @lru_cache(maxsize=4)
 def permutation(seed, epoch, n):
     """The order of n items in an epoch, (n,): a function of its arguments."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
-
 def places_of_step(seed, step, batch, n):
-    """Which places of the shuffled dataset step `step` trains on: a list of `batch` numbers below
-    n, and a function of its arguments."""
+    """The places in the shuffled dataset that a step trains on: `batch` numbers below n."""
     # The first epoch takes the places in order, because `Latents` encodes in that order. Every
     # later epoch has an order of its own. A batch may straddle two epochs.
     everything = range(step * batch, (step + 1) * batch)
     return [i if i < n else int(permutation(seed, i // n, n)[i % n]) for i in everything]
 
-
 class Latents:
-    """A shuffled dataset's latents: latents[places] -> fp16 (B, F, C, h, w), captions.
-
-    A cache holds them. Those of other data are encoded when first asked for and kept in memory:
-    training starts at once, and the first epoch pays for it."""
+    """A shuffled dataset's latents: latents[places] -> fp16 (B, F, C, h, w), captions. A cache
+    holds them. Those of other data are encoded when first asked for and kept in memory: training
+    starts at once, and the first epoch pays for it."""
     def __init__(self, dataset, vae, args):
         self.dataset, self.vae, self.device = dataset, vae, args.device
         self.order = permutation(args.seed, 0, len(dataset)).tolist()
         chunks = (self.order[i:i + CHUNK] for i in range(0, len(dataset), CHUNK))
         self.chunks = None if cache_of(dataset) else loader(dataset, chunks, args)
         self.z, self.captions = [], []                     # of the places encoded so far
-
     def __len__(self):
         return len(self.order)
-
     def __getitem__(self, places):
         if self.chunks is None:
             z, captions = self.dataset[[self.order[i] for i in places]]
@@ -199,18 +183,16 @@ class Latents:
         with tqdm(total=missing, desc="encoding", leave=False,
                   disable=missing < 32 * CHUNK or rank() > 0) as bar:
             while len(self.captions) <= max(places):
-                z, captions = encode_chunk(self.vae, *next(self.chunks), self.device)
-                self.z += z                                # rows: a list of (F, C, h, w)
+                clips, captions = next(self.chunks)
+                self.z += latents_of(self.vae, clips, self.device)         # rows (F, C, h, w)
                 self.captions += captions
                 bar.update(len(captions))
         return torch.stack([self.z[i] for i in places]), [self.captions[i] for i in places]
 
-
 @torch.no_grad()
-def encode_chunk(vae, clips, captions, device):
-    """Pictures uint8 (B, F, H, W, 3) and captions -> latents fp16 (B, F, C, h, w) and captions."""
-    return vae.encode(G.to_float(clips).to(device)).half().cpu(), captions
-
+def latents_of(vae, clips, device):
+    """Pictures uint8 (B, F, H, W, 3) -> their latents, fp16 (B, F, C, h, w)."""
+    return vae.encode(G.to_float(clips).to(device)).half().cpu()
 
 def vae_batches(dataset, shape, first, args):
     """Stage vae: (pictures (b, 1, 3, H, W), noise (b, 1, C, h, w)) of step first, first + 1, ...
@@ -221,7 +203,6 @@ def vae_batches(dataset, shape, first, args):
              for step in steps)
     for step, (clips, _) in zip(steps, loader(dataset, items, args)):
         yield G.to_float(clips), G.randomness(args.seed, step, shape).noise[own]
-
 
 def joint_batches(clips, pictures, schedule, shape, first, args):
     """Stages t2i and t2v: (latents (b, F, C, h, w), b captions, Draws) of step first, first + 1 ...
@@ -249,9 +230,7 @@ def joint_batches(clips, pictures, schedule, shape, first, args):
                 captions[j] = caption
         yield z0, captions, draws
 
-
 # ---- 3. The training step ------------------------------------------------------------------------
-
 def learning_rate(step, lr, decay_from):
     """The rate of step 0, 1, ...: it rises in a line over WARMUP steps to lr, stays there, and from
     decay_from on (0: never) is lr sqrt(decay_from / step), as in Karras et al. 2024."""
@@ -259,19 +238,11 @@ def learning_rate(step, lr, decay_from):
     decay = math.sqrt(decay_from / max(step, decay_from)) if decay_from else 1.0
     return lr * min(1.0, (step + 1) / WARMUP) * decay
 
-
-def autocast(args):
-    """bf16 where --precision says so; weights and loss stay in fp32. The range of bf16 is that of
-    fp32, so the loss needs no scaling."""
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
 def training_step(run, inputs, step, args):
     """Forward, backward, clip, AdamW, EMA. inputs: those of b items, this process's part of the
-    batch; run.parallel(*inputs) is the loss of each. Returns the losses (b,) and the norm of the
+    batch; run.net(*inputs) is the loss of each. Returns the losses (b,) and the norm of the
     gradients before clipping, a number. If it is not finite, nothing has changed."""
-    net, optimizer = run.parallel, run.optimizer
-    for group in optimizer.param_groups:
+    for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, args.lr, args.lr_decay)
 
     # forward and backward, micro-batch by micro-batch; the gradients add up
@@ -280,44 +251,38 @@ def training_step(run, inputs, step, args):
     for k in range(args.grad_accum):
         part = [x[k * micro:(k + 1) * micro] for x in inputs]
         part = [x.to(args.device) if isinstance(x, torch.Tensor) else x for x in part]
-        # The backward pass of the last micro-batch averages the gradients over the processes
-        average_gradients(net, k == args.grad_accum - 1)
-        with autocast(args):
-            loss = net(*part)                              # (micro,)
+        # Weights and loss stay in fp32. The range of bf16 is that of fp32: no loss scaling
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = run.net(*part)                          # (micro,)
         (loss.sum() / b).backward()                        # the mean over the b items
         losses.append(loss.detach())
+    average_gradients(run.weights)                         # over the processes, if there are more
 
     # clip: OURS, to a norm of 1. The norm is that of all processes, so they all decide alike.
-    norm = full_tensors(torch.nn.utils.clip_grad_norm_(run.weights, 1.0)).item()
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.weights, 1.0)).item()
 
     if math.isfinite(norm):
-        optimizer.step()
+        run.optimizer.step()
         # EMA: an average of the weights over the last steps draws better pictures than the weights.
         # The decay warms up, or a short run's average would still be near its random start.
         decay = min(args.ema, (1 + step) / (10 + step))
         for average, weight in zip(run.averages, run.weights):
             average.lerp_(weight.detach(), 1 - decay)  # exercise 6
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     return torch.cat(losses), norm
 
-
 # ---- 4. Previews and the held-out loss: how well does it go? -------------------------------------
+LEVELS, MOST = (100, 300, 500, 700, 900), 64       # timesteps and items of the held-out loss
 
-LEVELS = (100, 300, 500, 700, 900)      # timesteps of the held-out loss
-MOST = 64                               # items of the held-out loss
-
-
-def spread(n, most):
-    """At most `most` of the numbers 0 .. n - 1, evenly spread: a list."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
-
+# At most `most` of the numbers 0 .. n - 1, evenly spread: a list
+spread = lambda n, most: np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
 
 @torch.no_grad()
 def held_out_loss(ema, held, args):
     """The averaged weights' loss on items that never train, a number. The noise is the same each
     time, so only the weights change it. held: their Latents; stage vae: a dataset."""
     if args.stage == "vae":
-        x = G.to_float(collate([held[i] for i in spread(len(held), MOST)])[0])  # (n, 1, 3, H, W)
+        x = G.to_float(np.stack([held[i][0] for i in spread(len(held), MOST)]))    # (n, 1, 3, H, W)
         shape = (len(x), 1, ema.channels, *(side // ema.down for side in args.size))
         inputs = [(x, G.randomness(PREVIEW_SEED, 0, shape).noise)]
     else:                                                  # the same items at each of LEVELS
@@ -326,18 +291,14 @@ def held_out_loss(ema, held, args):
         inputs = [(z0, captions, dataclasses.replace(d, t=torch.full((len(z0),), t)))
                   for t, d in draws.items()]
     losses = []
-    for values, k in itertools.product(inputs, range(0, len(inputs[0][0]), 16)):   # 16 at a time
-        part = [x[k:k + 16] for x in values]
+    for part in inputs:
         part = [x.float().to(args.device) if isinstance(x, torch.Tensor) else x for x in part]
-        with autocast(args):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             losses.append(ema(*part))
-    reshard(ema)
     return torch.cat(losses).mean().item()
 
-
 def preview_vae(path, vae, dataset, args):
-    """Eight pictures above their round trips. Returns a line for the log: the PSNR in dB, the mean
-    over pictures."""
+    """Eight pictures above their round trips. Returns their mean PSNR, for the log."""
     clips = np.stack([dataset[i][0] for i in spread(len(dataset), 8)])     # (8, 1, H, W, 3)
     with torch.no_grad():
         back = G.to_uint8(vae.decode(vae.encode(G.to_float(clips).to(args.device))))
@@ -346,7 +307,6 @@ def preview_vae(path, vae, dataset, args):
     save_sheets(path, [D.contact_sheet([*clips, *back], labels, columns=len(clips))], args.fps)
     return f"PSNR {-10 * np.log10(np.maximum(error, 1e-10)).mean():.1f} dB"
 
-
 def preview_samples(path, net, vae, prompts, args):
     """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Returns
     the judge's count for the log. Every process draws, as a sharded model needs them all."""
@@ -354,7 +314,6 @@ def preview_samples(path, net, vae, prompts, args):
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
                        args.size, args.frames, sampler="dpm++", device=args.device,
                        bf16=args.precision == "bf16")
-    reshard(net)
     notes, verdict = None, ""
     if args.data == "shapes":                              # the judge reads these alone
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
@@ -364,16 +323,13 @@ def preview_samples(path, net, vae, prompts, args):
                        for f in range(args.frames)], args.fps)
     return verdict
 
-
 # ---- 5. The loop ---------------------------------------------------------------------------------
-
 def train(args):
     """Sets one stage up, goes on with the run in the folder if there is one, and trains."""
     args, run, stop = setup(args)                          # from here on args only is read
     out, in_a_row, saved, why = Path(args.out), 0, run.first > 0, ""
     if run.first >= args.steps:
-        return say(f"done: {out} has its {run.first} steps. To go on: --steps {2 * run.first}; to "
-                   f"start afresh: --no-resume")
+        return say(f"done: {out} has its {run.first} steps. To go on: --steps {2 * run.first}")
     log = Log(out / "log.csv", run.first)
     with tqdm(total=args.steps, initial=run.first, disable=rank() > 0, dynamic_ncols=True) as bar:
         for step, inputs in zip(range(run.first, args.steps), run.batches):
@@ -385,12 +341,11 @@ def train(args):
             look = done % args.sample_every == 0 or done in (100, args.steps)
             held = held_out_loss(run.ema, run.held, args) if look and run.held else math.nan
             t = None if args.stage == "vae" else gather(inputs[2].t.to(args.device))
-            log.add(done, gather(losses), t, held, norm, speed)
+            loss = log.add(done, gather(losses), t, held, norm, speed)     # of the last 100 steps
             bar.update()
-            bar.set_postfix_str(f"loss {log.recent():.4f}, {speed:.0f} items/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} items/s", refresh=False)
             why = stop.why()
-            # Saved before the first preview, and never in a row of skipped steps:
-            # last.safetensors must hold weights that work
+            # Saved before the first preview, and never in a row of skipped steps
             if not in_a_row and (done % args.save_every == 0 or done == args.steps or why
                                  or look and not saved):
                 log.save()
@@ -398,11 +353,11 @@ def train(args):
                 saved = True
             if look:
                 path = out / "samples" / f"{done:06d}"
-                verdict = run.preview(path)
+                line = f"step {done}: loss {loss:.4f}" + f"  held out {held:.4f}" * bool(run.held)
+                line += f"  {run.preview(path)}  {path}"
                 plot_log(log)
-                verdict = f"held out {held:.4f}  {verdict}" if run.held else verdict
                 with bar.external_write_mode():
-                    say(f"step {done}: loss {log.recent():.4f}  {verdict}  {path}")
+                    say(line)
             if why or in_a_row == 10:                      # ten in a row: training has failed
                 break
     log.save()
@@ -410,32 +365,28 @@ def train(args):
         raise ValueError(f"no finite gradient in {in_a_row} steps, up to step {done}; they are not "
                          f"saved; try a lower --lr, or --precision fp32")
     if done < args.steps:
-        return say(f"stopped by {why} after step {done} of {args.steps}, saved. To go on: the same "
-                   f"command")
-    use = f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
-    use += f" --frames {args.frames}" if args.stage == "t2v" else ""
-    if args.stage == "vae":
-        use = f"To use it: python train.py --vae {shlex.quote(f'{out}/ema.safetensors')}"
-    say(f"done: {out}/ema.safetensors. {use}")
-
+        return say(f"stopped by {why} after step {done} of {args.steps}, saved")
+    use = f"To use it: python train.py --vae {shlex.quote(f'{out}/ema.safetensors')}"
+    if args.stage != "vae":
+        use = f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
+    say(f"done: {out}/ema.safetensors. {use}" + f" --frames {args.frames}" * (args.frames > 1))
 
 # ==== Below: engineering ==========================================================================
-# A first reading may stop here. What follows: from flags to a run, several processes, loading and
-# encoding data, the run folder, --dry-run and --benchmark.
+# A first reading may stop here.
 
 # ---- 6. From flags to settings -------------------------------------------------------------------
-
 # Flags that change how a run is carried out, not its result. They may differ on resume.
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "dry_run",
             "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile",
             "benchmark"}
 # What weights are trained for. With --init it cannot change: they mean nothing in another model.
 OF_MODEL = {*CONFIG, "text", "schedule", "objective", "noise_shift"}
+# The flags as numbers, strings and lists, as checkpoints and config.json hold them (device: str)
+flags_of = lambda args: json.loads(json.dumps(vars(args), default=str))
 
 def prepare(args):
-    """Flags as given -> (settings, last, init): a Namespace with a value for every flag, the
-    checkpoint that this run left in its folder, --init's checkpoint; None where there is none.
-    Raises ValueError for flags that do not fit together."""
+    """Flags as given -> (settings, last, init): a value for each flag, the run's own checkpoint and
+    --init's, or None. Raises ValueError for flags that do not fit together or to a checkpoint."""
     stage, idle = args.stage, args.benchmark or args.dry_run   # idle: reads and writes nothing
     if stage in ("vae", "encode") and (idle or args.fsdp or args.compile):
         raise ValueError(f"--fsdp, --compile, --dry-run and --benchmark: not for --stage {stage}")
@@ -444,97 +395,83 @@ def prepare(args):
     args.device, last, init = join_processes(args.device, args.fsdp), None, None
     args.out = args.out or f"runs/{stage}"
     if not idle:
-        claim_folder(args)
-        file = Path(args.out) / "last.safetensors"
-        last = G.load_checkpoint(file) if file.exists() and stage != "encode" else None
+        last = claim_folder(args)
         if stage == "t2v" and not last:
             args.init = args.init or G.find_checkpoint(("t2i",))
         init = G.load_checkpoint(args.init) if args.init and not last else None
-    args = resolve(args, last, init, args.data != "shapes" and D.cache_index(args.data) or {})
-    if args.batch_size % (processes() * args.grad_accum) and stage != "encode":
-        raise ValueError(f"--batch-size {args.batch_size} is not divisible by {processes()} "
-                         f"processes x --grad-accum {args.grad_accum}")
-    return args, last, init
-
-def resolve(args, last, init, cache):
-    """A Namespace with a value for each flag: the one given, or else the checkpoint's, or the
-    cache's, or the default. Raises ValueError for a flag that must be as in the checkpoint. last,
-    init: see `prepare`; cache: the index of a cache, or {}."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    cache = args.data != "shapes" and D.cache_index(args.data) or {}
     known = last or init or {}
     saved = {**known.get("flags", {}), **known.get("config", {})}
-    preset, stage = args.preset or saved.get("preset") or "nano", args.stage
+    preset = args.preset or saved.get("preset") or "nano"
     paper = "paper " if preset != "nano" and stage != "vae" else ""
     column = COLUMNS.index(paper + stage.replace("encode", "t2i"))
-    values = {**vars(parser().parse_args([])), **{name: f.default for name, f in CONFIG.items()},
-              **G.PRESETS[preset], **{name: row[column] for name, row in DEFAULTS.items()},
-              "preset": preset, "precision": "bf16" if args.device.type == "cuda" else "fp32"}
-    if args.data != "shapes":
-        values["layout_steps"] = 0                         # it was measured on the shapes alone
-    if args.objective == "flow" or args.schedule == "straight":
-        values.update(objective="flow", schedule="straight")
+    # What was typed comes first, then the cache's, the checkpoint's, the default
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    fitting = {name: cache[name] for name in ("size", "fps", "frames") if name in cache}
     inherited = {name: saved[name] for name in (*OF_MODEL, "world", "size")
                  if saved.get(name) is not None}
-    # On resume, a flag that is younger than the run had its default then
-    fixed = {**values, **saved} if last else {n: v for n, v in inherited.items() if n in OF_MODEL}
-    fitting = {name: cache[name] for name in ("size", "fps", "frames") if name in cache}
-    settings = argparse.Namespace(**{**values, **inherited, **fitting,
-                                     **G.PRESETS.get(args.preset, {}), **given})
-    fixed = json.loads(json.dumps({**fixed, "device": ""}))
-    for name, now in flags_of(settings).items():
-        if name not in HARMLESS and fixed.get(name, now) != now:
-            raise ValueError(f"--{name.replace('_', '-')} was {fixed[name]} in "
-                             f"{args.out if last else args.init}, now it is {now}; leave the flag "
-                             f"out, or start another run: --out")
-    if last and not last.keys() >= {"weights", "optimizer"}:
-        raise ValueError(f"{args.out}/last.safetensors is not all of a run; give another --out")
+    defaults = {**vars(parser().parse_args([])), **{name: f.default for name, f in CONFIG.items()},
+                **G.PRESETS[preset], **{name: row[column] for name, row in DEFAULTS.items()},
+                "preset": preset, "precision": "bf16" if args.device.type == "cuda" else "fp32"}
+    if args.data != "shapes":
+        defaults["layout_steps"] = 0                       # it was measured on the shapes alone
+    if args.objective == "flow" or args.schedule == "straight":
+        defaults.update(objective="flow", schedule="straight")
+    settings = argparse.Namespace(**{**defaults, **inherited, **fitting,
+                                     **G.PRESETS.get(args.preset, {}), **typed})
+    # A flag that is younger than the checkpoint had its default then
+    was, now = flags_of(argparse.Namespace(**{**defaults, **saved})), flags_of(settings)
+    file, fixed = (args.out, {*now} - HARMLESS) if last else (args.init, OF_MODEL if init else {})
+    for name in now:
+        if name in fixed and was[name] != now[name]:
+            raise ValueError(f"--{name.replace('_', '-')} was {was[name]} in {file}, now it is "
+                             f"{now[name]}; leave the flag out, or start another run: --out")
+    if settings.batch_size % (processes() * settings.grad_accum) and stage != "encode":
+        raise ValueError(f"--batch-size {settings.batch_size} is not divisible by {processes()} "
+                         f"processes x --grad-accum {settings.grad_accum}")
     settings.size = tuple(settings.size)
     G.NoiseSchedule(settings.schedule, settings.objective, settings.noise_shift)   # may refuse
-    return settings
-
-def flags_of(args):
-    """The flags as numbers, strings and lists, as a checkpoint and config.json hold them."""
-    return json.loads(json.dumps({**vars(args), "device": str(args.device)}))
+    return settings, last, init
 
 # ---- 7. From settings to a run that can start ----------------------------------------------------
-
 def setup(args):
     """Flags as given -> (settings, run, stop): all that the loop works with, built once."""
     typed, (args, last, init) = args.text is not None, prepare(args)
     stop = Stop(args.minutes, args.device)                 # --minutes count from here
-    data, dataset, held, pictures, prompts = open_data(args)
-    net, vae, state = build(args, [data, pictures] if pictures else [data], last, init, typed)
-    run = start(net, args, last)
-    run.dataset, run.vae, run.state, run.prompts = dataset, vae, state, prompts
-    run.first = last["step"] if last else 0
+    dataset, held, pictures, prompts = open_data(args)
+    net, vae, state = build(args, [dataset, pictures] if pictures else [dataset], last, init, typed)
+    run, first = start(net, args, last), last["step"] if last else 0
+    run.dataset, run.vae, run.state, run.prompts, run.first = dataset, vae, state, prompts, first
     say(f"{args.stage}: {sum(p.numel() for p in run.weights) / 1e6:.2f} M parameters, steps "
-        f"{run.first} to {args.steps} of {args.batch_size} items, {args.device}, {args.precision}"
-        + f"; resume: {args.out}/last.safetensors, step {run.first}" * bool(last))
-    state["made"] = last["made"] if last else provenance(args)
-    if rank() == 0:         # to be read by people; on resume only flags that may differ do differ
-        config = {"program": "gentron", "flags": flags_of(args), "made": state["made"]}
+        f"{first} to {args.steps} of {args.batch_size} items, {args.device}, {args.precision}"
+        + f"; resume: {args.out}/{FILES[0]}, step {first}" * bool(last))
+    # "-dirty": these are not quite that commit's files. "": no git or no repository
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude=*", shell=True,
+                         cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    state["made"] = last["made"] if last else {
+        "commit": git.stdout.strip(), "torch": str(torch.__version__), "numpy": np.__version__,
+        "python": sys.version.split()[0], "device": str(args.device), "seed": args.seed}
+    config = {"program": "gentron", "flags": flags_of(args), "made": state["made"]}
+    if rank() == 0:                                        # to be read by people
         with D.writing(Path(args.out) / "config.json") as file:
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # ---- what it trains on, and what shows how it goes
     shape = (args.batch_size, args.frames, vae.channels, *(side // vae.down for side in args.size))
     if args.stage == "vae":
         run.held = held
-        run.batches = vae_batches(dataset, shape, run.first, args)
+        run.batches = vae_batches(dataset, shape, first, args)
         run.preview = lambda path: preview_vae(path, run.ema, dataset, args)
     else:
         clips, stills, run.held = (x and Latents(x, vae, args) for x in (dataset, pictures, held))
-        run.batches = joint_batches(clips, stills, net.schedule, shape, run.first, args)
+        run.batches = joint_batches(clips, stills, net.schedule, shape, first, args)
         run.preview = lambda path: preview_samples(path, run.ema, vae, prompts, args)
     return args, run, stop
 
 def start(net, args, last=None):
-    """A net -> what the training step takes: net itself; `parallel`, net as the processes share it,
-    to be called in its place; ema, its averages; both parameter lists; the optimizer."""
-    text = getattr(net, "text", None)                      # a frozen encoder is shared, not copied
-    ema = copy.deepcopy(net, {} if getattr(text, "trained", False) else {id(text): text})
+    """A net -> what the training step takes: net, its averages, both parameter lists, AdamW."""
+    ema, file = copy.deepcopy(net), f"{args.out}/{FILES[0]}"
     if last:
-        averages = last["vae"]["weights"] if args.stage == "vae" else last["ema"]
-        G.load_weights(ema, averages, f"{args.out}/last.safetensors")
+        G.load_weights(ema, last["vae"]["weights"] if args.stage == "vae" else last["ema"], file)
     blocks = net.model.blocks if args.stage != "vae" else []
     for block in blocks if args.checkpoint_activations else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -544,52 +481,60 @@ def start(net, args, last=None):
         module.to(args.device)
     for block in blocks if args.compile else ():
         block.compile()                 # block by block and in place: names stay as they are
-    copies = processes() > 1 and not args.fsdp
-    parallel = DistributedDataParallel(net) if copies else net
-    weights, averages = list(net.parameters()), list(ema.parameters())
-    return argparse.Namespace(net=net, parallel=parallel, ema=ema, weights=weights,
-                              averages=averages, optimizer=build_optimizer(net, args, last))
+    # OURS: betas and no decay (the paper says AdamW and its rate). 0.99 forgets an early large
+    # gradient in a hundred steps, where the usual 0.999 takes a thousand.
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
+    for name, p in net.named_parameters() if last else ():
+        optimizer.state[p] = {"step": last["optimizer"]["step"].to(p.device, copy=True)}
+        for key in ("exp_avg", "exp_avg_sq"):
+            x = last["optimizer"][key].get(name, torch.empty(0)).to(p.device, p.dtype)
+            if x.shape != p.shape:
+                raise ValueError(f"{file} is damaged: its {key} of {name}")
+            if isinstance(p, DTensor):      # every process has read the file, and takes its share
+                x = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+            optimizer.state[p][key] = x
+    return argparse.Namespace(net=net, ema=ema, weights=list(net.parameters()),
+                              averages=list(ema.parameters()), optimizer=optimizer)
 
 def open_data(args):
-    """-> (data, dataset, held, pictures, prompts): all of --data, the part that trains, the part
-    that is held out (None for the shapes and for few items), the pictures for joint training (or
-    None), captions for the previews. Completes args: --text is what the data offer."""
-    shapes, wider = args.data == "shapes", WIDER[args.world]
-    n = DRAWN["vae"] if args.stage == "vae" else DRAWN["t2v" if args.frames > 1 else "t2i"] * wider
+    """-> (dataset, held, pictures, prompts): what trains, what is held out (or None), the pictures
+    for joint training (or None), the previews' captions. Sets --text to what the data offer."""
+    shapes, stage, more = args.data == "shapes", args.stage, WIDER[args.world]
+    n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
     level = "single" if args.text == "labels" else args.world      # a label names one object
-    if args.stage == "vae" and args.world == "full":
+    if stage == "vae" and args.world == "full":
         level = ("full", "touching")    # every second picture: things that touch blur most easily
-    data = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
-    if cache_of(data) and args.stage in ("vae", "encode"):
-        raise ValueError(f"{args.data} holds latents; --stage {args.stage} needs their pictures")
-    say(*[] if shapes else data.report())
-    split = not shapes and args.stage != "encode"
-    dataset, held = D.hold_out(data, args.seed) if split else (data, None)
-    if args.stage in ("t2i", "t2v") and args.text is None:
-        words = shapes or any(data.captions)
-        args.text = cache_of(data) and data.text_spec or ("small" if words else "none")
-    # The previews' captions. Of the shapes: twelve that no run trains on. Of other data: twelve
-    # different ones, spread over what trains.
-    fresh = D.Shapes(level, 12, PREVIEW_SEED, args.size, args.frames)
-    captions = [fresh.scene(i).caption() for i in range(12)] if shapes else \
-        list(dict.fromkeys(dataset.captions))
-    prompts = [captions[i] for i in spread(len(captions), 12)]
+    held = pictures = None
+    dataset = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
+    if cache_of(dataset) and stage in ("vae", "encode"):
+        raise ValueError(f"{args.data} holds latents; --stage {stage} needs their pictures")
+    if stage in ("t2i", "t2v") and args.text is None:
+        words = "small" if shapes or any(dataset.captions) else "none"
+        args.text = cache_of(dataset) and dataset.text_spec or words
+    # The previews' captions: of the shapes twelve that no run trains on, else twelve that train
+    prompts = [D.Shapes(level, 12, PREVIEW_SEED, args.size, args.frames).scene(i).caption()
+               for i in range(12)]
+    if not shapes:
+        say(*dataset.report())
+        if stage != "encode":
+            dataset, held = D.hold_out(dataset, args.seed)
+        captions = list(dict.fromkeys(dataset.captions))
+        prompts = [captions[i] for i in spread(len(captions), 12)]
     # Joint image-video training (paper 3.4): there are more pictures than clips
-    source, pictures = args.image_data or (args.data if shapes else None), None
-    if args.stage == "t2v" and args.p_motion_free:
+    if stage == "t2v" and args.p_motion_free:
+        source = args.image_data or (args.data if shapes else None)
         if source is None:
-            raise ValueError("joint training needs pictures, too: --image-data FOLDER; or train on "
-                             "clips alone: --p-motion-free 0")
-        pictures = D.open_data(source, args.size, 1, args.fps, args.world, DRAWN["t2i"] * wider,
-                               args.seed)
-    return data, dataset, held or None, pictures, prompts
+            raise ValueError("no pictures to train on; give --image-data, or --p-motion-free 0")
+        n = more * DRAWN["t2i"]
+        pictures = D.open_data(source, args.size, 1, args.fps, args.world, n, args.seed)
+    return dataset, held or None, pictures, prompts
 
 def build(args, data, last, init, typed):
-    """Settings -> (net, vae, state): what trains, the autoencoder (of stage vae: the same), and the
-    part of the checkpoint that never changes. data: a list of datasets, for their words and stored
-    text features; last, init: see `prepare`; typed: was --text given? Raises ValueError."""
+    """Settings -> (net, vae, state): what trains, the autoencoder (of stage vae: the same) and the
+    part of the checkpoint that never changes. data: datasets; typed: was --text given?"""
     torch.manual_seed(args.seed)        # the initial weights, drawn in the same order each time
-    known, path = last or init, f"{args.out}/last.safetensors" if last else args.init
+    known, path = last or init, f"{args.out}/{FILES[0]}" if last else args.init
     if args.stage == "vae":
         net = G.build_vae(known) if known else G.VAE(args.channels)
         net = G.load_weights(net, last["weights"], path) if last else net
@@ -607,24 +552,22 @@ def build(args, data, last, init, typed):
     encoder = read_caches(data, vae, args) or G.TextEncoder(**state["text"], download=typed)
     multiple = vae.down * args.patch_size
     if any(side % multiple for side in args.size):
-        raise ValueError(f"--size {args.size[0]}x{args.size[1]} is not divisible by {multiple} "
-                         f"(autoencoder {vae.down} x patch {args.patch_size})")
-    if last:
-        return G.build_net(last, "weights", encoder), vae, state
-    config = state.get("config") or {
-        **{name: getattr(args, name) for name in CONFIG}, "text_dims": encoder.dims,
-        "in_channels": vae.channels, "grid": [side // multiple for side in args.size]}
+        raise ValueError(f"--size must be divisible by {multiple}: autoencoder x patch")
+    config = {"text_dims": encoder.dims, "in_channels": vae.channels,
+              "grid": [side // multiple for side in args.size],
+              **{name: getattr(args, name) for name in CONFIG}, **state.get("config", {})}
     # A t2i model becomes a t2v one by one word of its config
     cfg = G.from_file(G.GenTronConfig, {**config, "temporal": args.stage == "t2v"})
     state["config"] = dataclasses.asdict(cfg)
     net = G.Net(G.GenTron(cfg), encoder, G.NoiseSchedule(**state["schedule"]))
-    if init:
-        # The averages become the weights: they draw better. Only temporal layers may be missing.
-        # They answer 0: the first video model is its image parent, frame by frame (paper 3.4).
-        old = init.get("ema", {})
+    if known:
+        # From --init the averages become the weights: they draw better. Temporal layers may be
+        # missing. They answer 0: the first video model is its image parent, frame by frame (3.4).
+        old = known.get("weights" if last else "ema", {})
         new = {k: v for k, v in net.state_dict().items() if ".temporal." in k and k not in old}
         G.load_weights(net, {**new, **old}, path)
-        say(f"init: {len(old)} tensors from {path}, {len(new)} new ones (temporal attention)")
+        if init:
+            say(f"init: {len(old)} tensors from {path}, {len(new)} new ones (temporal attention)")
     return net, vae, state
 
 def find_vae(args):
@@ -633,51 +576,37 @@ def find_vae(args):
     if path.suffix not in (".safetensors", ".pt") and not path.is_file():
         return {"name": args.vae}
     state = G.load_checkpoint(path)
-    foreign = args.data != "shapes" and not D.cache_index(args.data)
-    if foreign and state["stage"] == "vae" and state["flags"].get("data") == "shapes":
-        say(f"note: {path} has only seen the shapes world, and blurs other pictures; for your own: "
-            f"train.py --stage vae --data {shlex.quote(args.data)}, --vae runs/vae/ema.safetensors")
+    if args.data != "shapes" and state["flags"].get("data") == "shapes":
+        say(f"note: {path} has only seen the shapes world, other pictures blur; see --stage vae")
     return state["vae"]
 
 def vocabulary_of(dataset, spec):
-    """Words for the small encoder, class names for --text labels, nothing for the others: a list of
-    strings. The captions of held-out items count, too, so that a run knows all words."""
+    """Words for the small encoder, class names for --text labels, nothing for others: a list."""
+    dataset = getattr(dataset, "dataset", dataset)         # a run knows its held-out items' words
     if spec == "labels" and not dataset.labels:
         raise ValueError("--text labels needs class folders (corgi/1.jpg); try --text small")
     if spec == "labels" or "small" not in spec.split("+"):
         return list(dataset.labels) if spec == "labels" else []
-    if cache_of(dataset) or isinstance(dataset, D.Shapes):     # (with the words for motions)
-        return list(dataset.vocabulary) if cache_of(dataset) else D.vocabulary()
+    if isinstance(dataset, D.Shapes):                      # (with the words for motions)
+        return D.vocabulary()
+    if cache_of(dataset):
+        return list(dataset.vocabulary)
     # The commonest 8192, sorted: the order of files must not decide which vector is whose
     counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
     return sorted(word for word, _ in counts.most_common(8192))
 
 # ---- 8. Several processes ------------------------------------------------------------------------
-#
-# Without --fsdp each process holds a copy of everything, and DistributedDataParallel averages the
-# gradients of their slices of the batch. With --fsdp each holds 1 / n of every tensor (a DTensor),
-# and a block's weights are put together only while the block runs.
+# Without --fsdp each process holds all, and gradients are averaged. With --fsdp each holds 1 / n of
+# every tensor (a DTensor), and a block's weights are put together only while the block runs.
 
-def rank():
-    """The number of this process; 0 prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def processes():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-def own_part(n):
-    """This process's slice of n items."""
-    share = n // processes()
-    return slice(rank() * share, (rank() + 1) * share)
-
-def say(*lines):
-    """Prints lines, once, however many processes there are."""
-    D.say(*lines) if rank() == 0 and lines else None
+rank = lambda: dist.get_rank() if dist.is_initialized() else 0     # process 0 prints and writes
+processes = lambda: dist.get_world_size() if dist.is_initialized() else 1      # how many there are
+own_part = lambda n: slice(rank() * n // processes(), (rank() + 1) * n // processes())
+barrier = lambda args: gather(torch.zeros(1, device=args.device))      # all wait here for the last
+say = lambda *lines: D.say(*lines) if rank() == 0 and lines else None  # once for all processes
 
 def join_processes(name, sharded):
-    """Joins the processes that torchrun describes in the environment. name: --device. Returns this
-    process's torch.device."""
+    """Joins the processes of torchrun. name: --device. Returns this process's torch.device."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count < 1 or count == 1 and sharded:
         raise ValueError(f"{count} process(es); try torchrun --nproc_per_node=2 train.py ...")
@@ -686,49 +615,37 @@ def join_processes(name, sharded):
     device = G.pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)                      # where NCCL and FSDP look
-    if count > 1:       # torchrun ends the others if one process dies; the time limit, if one hangs
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=10))
+    if count > 1:           # if one process dies or hangs, torchrun or torch's time limit ends all
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 def shard(net, args):
     """FSDP2, block by block: the whole model never has to fit on one device."""
-    # A block's weights travel and are used in bf16, where autocast would round them anyway
-    half = torch.bfloat16 if args.precision == "bf16" else None
+    half = torch.bfloat16 if args.precision == "bf16" else None    # as autocast would round them
     policy = fsdp.MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(args.device.type, (processes(),))
     for block in net.model.blocks:
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
         # A hook on forward puts the weights together; sampling calls this method directly
         fsdp.register_fsdp_forward_method(block, "keys_values")
-    fsdp.fully_shard(net.model, mesh=mesh)                 # all that is not in a block
+    for module in net.children():                          # all that is not in a block
+        if list(module.parameters()):
+            fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True)
     fsdp.register_fsdp_forward_method(net.model, "prepare")
-    if getattr(net.text, "trained", False):
-        fsdp.fully_shard(net.text, mesh=mesh)
 
-def average_gradients(net, on):
-    """Decides whether the next backward pass averages the gradients over processes, or only adds to
-    this process's own."""
-    if isinstance(net, DistributedDataParallel):
-        net.require_backward_grad_sync = on
-    for module in net.children():
-        if isinstance(module, fsdp.FSDPModule):
-            module.set_requires_gradient_sync(on)
+def average_gradients(weights):
+    """The gradients become their means over the processes. FSDP does so in the backward pass."""
+    for weight in weights if processes() > 1 else ():
+        if weight.grad is not None and not isinstance(weight, DTensor):
+            dist.all_reduce(weight.grad)
+            weight.grad /= processes()
 
-def reshard(net):
-    """After a forward pass without a backward pass, FSDP leaves the outermost weights unsharded."""
-    for module in net.children():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
-
-def full_tensors(x):
-    """A DTensor, or a dict with some in it, -> the same with full tensors, on the CPU of process 0.
-    Every process has to take part."""
-    if isinstance(x, DTensor):
-        x = x.full_tensor()
-        # One by one to the CPU: together they may not fit on the GPU
-        return x if x.ndim == 0 else x.cpu() if rank() == 0 else None
-    return {key: full_tensors(value) for key, value in x.items()} if isinstance(x, dict) else x
+def full_tensor(x):
+    """A DTensor -> the full tensor on process 0, or on all if it is a number. All take part."""
+    if not isinstance(x, DTensor):
+        return x
+    x = x.full_tensor()     # to the CPU one by one: together they may not fit on the GPU
+    return x if x.ndim == 0 else x.cpu() if rank() == 0 else None
 
 def gather(x):
     """(b,) on each process -> (B,) on the CPU, in the order of the global batch."""
@@ -739,36 +656,27 @@ def gather(x):
 class Stop:
     """When to stop early: --minutes, SIGTERM or Ctrl-C. The loop finishes its step and saves; a
     second Ctrl-C ends the process at once."""
-    REASONS = ("", "--minutes", "SIGINT", "SIGTERM")
-
     def __init__(self, minutes, device):
         self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
         self.device, self.signal = device, 0
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.on_signal)
-
     def on_signal(self, number, frame):
         """Only notes the signal: an exception here could separate weights from EMA."""
-        self.signal = self.REASONS.index(signal.Signals(number).name)
+        self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     def why(self):
         """Why to stop, or "": the same on all processes, whichever was told. All have to ask."""
-        reason = torch.tensor([self.signal or int(time.monotonic() > self.deadline)])
-        return self.REASONS[gather(reason.to(self.device)).max().item()]
+        told = self.signal or int(time.monotonic() > self.deadline)    # (1 is no signal of ours)
+        told = gather(torch.tensor([told]).to(self.device)).max().item()
+        return signal.Signals(told).name if told > 1 else "--minutes" * told
 
 # ---- 9. Loading and encoding data ----------------------------------------------------------------
-
-def collate(items):
-    """[(uint8 (F, H, W, 3), caption), ...] -> (uint8 (B, F, H, W, 3), list of B captions)."""
-    clips, captions = zip(*items)
-    return torch.from_numpy(np.stack(clips)), list(captions)
-
 def loader(dataset, batches, args):
-    """Yields the collated items of `batches`, an iterable of lists of their numbers, in that order;
-    drawn or decoded ahead of time by --workers processes."""
-    return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate,
-                           num_workers=args.workers, worker_init_fn=ignore_signals,
+    """Yields (uint8 (B, F, H, W, 3), B captions) for each list of item numbers in `batches`, drawn
+    or decoded ahead of time by --workers processes."""
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
+                           worker_init_fn=ignore_signals,
                            prefetch_factor=4 if args.workers else None))
 
 def ignore_signals(worker):
@@ -781,72 +689,62 @@ def cache_of(dataset):
     dataset = getattr(dataset, "dataset", dataset)
     return dataset if isinstance(dataset, D.Cache) else None
 
-def is_frozen(spec):
-    """Are all encoders of a --text pretrained ones, which never change?"""
-    return spec not in (None, "none") and not {"small", "labels"} & set(spec.split("+"))
+# Are all encoders of a --text pretrained ones, which never change?
+is_frozen = lambda spec: not {None, "none", "small", "labels"} & {*(spec or "none").split("+")}
 
-def fingerprint(vae, spec=None):
-    """A string that changes with any weight of an autoencoder, followed by one for the frozen text
-    encoders of `spec`: their names, and of local folders the files' names and sizes."""
+def fingerprint(vae):
+    """A string that changes with any weight of an autoencoder."""
     # In half precision, as ema.safetensors holds the weights
     weights = [x.half().cpu().numpy().tobytes() for _, x in sorted(vae.state_dict().items())]
-    # (a folder that is not there has no files: then the name counts)
-    texts = [[(p.name, p.stat().st_size) for p in sorted(Path(name).glob("*"))] or name
-             for name in (spec or "").split("+")]
-    sums = [zlib.crc32(x) for x in (b"".join(weights), repr(texts).encode())]
-    return " ".join(f"{x:08x}" for x in sums[:2 if spec else 1])
+    return f"{zlib.crc32(b''.join(weights)):08x}"
 
 def read_caches(data, vae, args):
-    """A `StoredText` if all data are caches with the features of a frozen --text; else None. Raises
-    ValueError for a cache of another autoencoder or text encoder. Its latents and features have the
-    same shapes, so nothing else would notice, and the model would be useless."""
+    """A `StoredText` if all data are caches with the features of a frozen --text, else None. Raises
+    ValueError for a cache of another --vae or --text: the shapes agree, so nothing else would."""
     frozen, caches = is_frozen(args.text), [cache_of(dataset) for dataset in data]
     for cache in filter(None, caches):
-        spec = cache.text_spec if frozen else None
-        same = cache.fingerprint.startswith(fingerprint(vae, spec))
-        if not same or spec not in (None, args.text):
+        other = frozen and cache.text_spec not in (None, args.text)
+        if other or not cache.fingerprint.startswith(fingerprint(vae)):
             raise ValueError(f"{cache.root} was made with another --vae or --text (its --text is "
                              f"{cache.text_spec}); give those, or encode again")
     stored = frozen and all(cache and cache.dims for cache in caches)
     return StoredText(caches, args.device) if stored else None
 
 class StoredText(torch.nn.Module):
-    """Stands in for frozen text encoders whose features are stored in caches: B captions -> Text,
-    read from disk. The caches' captions and the null text are all that it knows."""
+    """Stands in for frozen text encoders. It knows the caches' captions and the null text."""
     def __init__(self, caches, device):
         super().__init__()
         self.caches, self.device, self.dims = caches, device, tuple(caches[0].dims)
-
+    def __deepcopy__(self, memo):
+        return self                                        # a copy would read the files
     def forward(self, captions):
         """List of B strings -> Text of fp32 tokens (B, L, D_k), masks (B, L), pooled (B, P)."""
-        rows = [next(c for c in self.caches if caption in c.where).text(caption)
-                for caption in captions]                   # B times ([tokens, ...], pooled)
+        find = lambda caption: next(c.text(caption) for c in self.caches if caption in c.where)
+        tokens, pooled = zip(*map(find, captions))
         tensor = lambda x: torch.from_numpy(np.array(x)).to(self.device).float()
-        pad = lambda parts: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        tokens = [[tensor(row[k]) for row, _ in rows] for k in range(len(self.dims))]  # (L_i, D_k)
-        masks = [pad([x.new_ones(len(x), dtype=torch.bool) for x in parts]) for parts in tokens]
-        pooled = tensor(np.stack([pooled for _, pooled in rows]))
-        return G.Text(tuple(map(pad, tokens)), tuple(masks), pooled)
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        tokens = [list(map(tensor, rows)) for rows in zip(*tokens)]            # B times (L_i, D_k)
+        masks = [pad([x.new_ones(len(x), dtype=torch.bool) for x in rows]) for rows in tokens]
+        return G.Text(tuple(map(pad, tokens)), tuple(masks), tensor(pooled))
 
 def encode(args):
-    """Stage encode: the latents of all items of --data, and the features that frozen encoders make
-    of their captions, into a cache. Process p of P encodes the items p, p + P, ..."""
-    args, _, _ = prepare(args)
+    """Stage encode: writes a cache of all items' latents, and of their captions' features if --text
+    is frozen. Process p of P encodes the items p, p + P, ..."""
+    args, *_ = prepare(args)
     stop, P, (dataset, *_) = Stop(args.minutes, args.device), processes(), open_data(args)
     vae = G.build_vae({"vae": find_vae(args)}, download=args.vae is not None).to(args.device)
     # A trained text encoder has other features at each step: then only captions are stored
     text = G.TextEncoder(args.text, download=True).to(args.device) if is_frozen(args.text) else None
     spec, dims = (args.text, list(text.dims)) if text else (None, [])
-    probe, _ = encode_chunk(vae, *collate([dataset[0]]), args.device)      # (1, F, C, h, w)
+    probe = latents_of(vae, dataset[0][0][None], args.device)              # (1, F, C, h, w)
     source = f"{args.world}, {args.seed}" if args.data == "shapes" else dataset.fingerprint()
     index = {"items": len(dataset), "shape": list(probe.shape[1:]), "size": list(args.size),
              "frames": args.frames, "fps": args.fps, "labels": dataset.labels, "text": spec,
-             "vocabulary": vocabulary_of(dataset, "small"), "fingerprint": fingerprint(vae, spec),
+             "vocabulary": vocabulary_of(dataset, "small"), "fingerprint": fingerprint(vae),
              "dims": dims, "parts": P, "data": args.data, "source": source}
     writer = D.CacheWriter(args.out, index, 0) if rank() == 0 else None
-    gather(torch.zeros(1, device=args.device))             # process 0 has written the index
+    barrier(args)                                          # process 0 has written the index
     writer = writer or D.CacheWriter(args.out, index, rank())
-
     @torch.no_grad()
     def features(captions):
         batch = text(captions)
@@ -861,39 +759,44 @@ def encode(args):
         for _ in range(turns):
             why = why or stop.why()                        # asked also by a process that is done
             for clips, captions in itertools.islice(chunks, 0 if why else 1):
-                z, _ = encode_chunk(vae, clips, captions, args.device)
-                writer.append(z.numpy(), captions, features if text else None)
+                z = latents_of(vae, clips, args.device).numpy()
+                writer.append(z, captions, features if text else None)
                 bar.update(len(captions))
-    gather(torch.zeros(1, device=args.device))             # all parts are written
-    say(f"stopped by {why}. To go on: the same command" if why else f"done: {args.out}, "
-        f"{len(dataset):,} items. To train: python train.py --data {shlex.quote(args.out)}")
+    barrier(args)                                          # all parts are written
+    say(f"stopped by {why}. To go on: the same command" if why else
+        f"done: {args.out}, {len(dataset):,} items; python train.py --data {shlex.quote(args.out)}")
 
 # ---- 10. The run folder --------------------------------------------------------------------------
-
 FILES = ("last.safetensors", "ema.safetensors", "config.json", "log.csv", "loss.png")
-PROGRAM = '"program": "gentron"'        # stands in our config.json
 LOCKS = []                              # open files; the system drops a lock when its process ends
 
 def claim_folder(args):
-    """Makes the run's folder this run's own; --no-resume moves the old run aside. Raises ValueError
-    if the folder is in use, or holds somebody else's files."""
-    out = Path(args.out)
+    """Takes the run's folder; --no-resume moves the old run aside. Returns the checkpoint in it, or
+    None. Raises ValueError if it is in use, or holds somebody else's files."""
+    out, last = Path(args.out), Path(args.out) / FILES[0]
     lock_folder(out)
-    if rank() == 0 and args.stage != "encode":
-        if not args.resume and (out / FILES[0]).exists():
+    if args.stage == "encode":
+        return None
+    if rank() == 0:
+        if not args.resume and last.exists():
             if out.resolve() == Path.cwd():
                 raise ValueError("--no-resume cannot move the working directory; give --out a name")
-            names = (out.with_name(f"{out.name}.{k}") for k in itertools.count(1))
+            names = (f"{out}.{k}" for k in itertools.count(1))     # never deleted
             aside = next(name for name in names if not os.path.lexists(name))
-            say(f"moved the old run to {out.rename(aside)}")       # never deleted
+            say(f"moved the old run to {out.rename(aside)}")
             lock_folder(out)                               # the other lock moved, too
         for name in (*FILES, "samples/000000.png"):
             D.writable(out / name, inside=out)             # better now than after 500 steps
         there = [name for name in FILES if (out / name).exists()]
-        if there and FILES[0] not in there and not (
-                "config.json" in there and PROGRAM in D.read_text(out / "config.json")):
+        ours = last.exists() or "config.json" in there and (
+            '"program": "gentron"' in D.read_text(out / "config.json"))
+        if there and not ours:
             raise ValueError(f"{out} holds {there[0]}, but no run; give another folder by --out")
-    gather(torch.zeros(1, device=args.device))             # nobody looks before it has moved
+    barrier(args)                                          # nobody looks before it has moved
+    state = G.load_checkpoint(last) if last.exists() else None
+    if state and not state.keys() >= {"weights", "optimizer"}:
+        raise ValueError(f"{last} is not all of a run; give another --out")
+    return state
 
 def lock_folder(out):
     """Takes the folder for this run, or raises ValueError."""
@@ -906,68 +809,35 @@ def lock_folder(out):
         # lockf, not flock: loader workers inherit the latter, and outlive a killed run for a while
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{out} is in use, another run is training there; give another --out, or "
-                         f"stop that run") from None
-
-def provenance(args):
-    """Where a run comes from: commit, versions, device, seed."""
-    # The hash alone; "-dirty": these are not quite that commit's files
-    ask = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(ask, cwd=Path(__file__).resolve().parent, capture_output=True,
-                                text=True).stdout.strip()  # "" without a repository
-    except OSError:
-        commit = ""                                        # no git
-    return {"commit": commit, "torch": str(torch.__version__), "numpy": np.__version__,
-            "python": sys.version.split()[0], "device": str(args.device), "seed": args.seed}
-
-def build_optimizer(net, args, last=None):
-    """AdamW over net's parameters, with the moments of the checkpoint `last`. Raises ValueError if
-    these are not the moments of net."""
-    # OURS: betas and no decay (the paper says AdamW and its rate). 0.99 forgets an early large
-    # gradient in a hundred steps, where the usual 0.999 takes a thousand.
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
-    saved, state = last["optimizer"] if last else {}, {}
-    for k, (name, p) in enumerate(net.named_parameters() if last else ()):
-        state[k] = {"step": saved["step"].clone()}
-        for key in ("exp_avg", "exp_avg_sq"):
-            x = state[k][key] = saved[key].get(name, torch.empty(0))
-            if x.shape != p.shape:
-                raise ValueError(f"{args.out}/last.safetensors is damaged: its {key} of {name}")
-            if isinstance(p, DTensor):      # every process has read the file, and takes its share
-                state[k][key] = distribute_tensor(x.to(p.device), p.device_mesh, p.placements,
-                                                  src_data_rank=None)
-    if last:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return optimizer
+        raise ValueError(f"{out} is in use by another run; give another --out") from None
 
 def save(run, step, args):
-    """ema.safetensors: what somebody else needs to sample from the run. last.safetensors: all of
-    it."""
+    """ema.safetensors: what others need to sample from the run. last.safetensors: all of it."""
     if args.stage == "vae":
         measure_latents(run.ema, run.dataset, args)
-    vae = run.ema if args.stage == "vae" else run.vae
+    # Every process takes part in putting the tensors together; process 0 writes them
+    full = lambda tensors: {name: full_tensor(x) for name, x in tensors.items()}
     moments = {name: run.optimizer.state[p] for name, p in run.net.named_parameters()}
-    state = full_tensors({
-        **run.state, "stage": args.stage, "step": step, "size": list(args.size),
-        "frames": args.frames, "fps": args.fps, "flags": flags_of(args),
-        "ema": run.ema.state_dict(), "weights": run.net.state_dict(), "optimizer": {
-            "step": next(iter(moments.values()))["step"],
-            "exp_avg": {name: moment["exp_avg"] for name, moment in moments.items()},
-            "exp_avg_sq": {name: moment["exp_avg_sq"] for name, moment in moments.items()}}})
+    moment = lambda key: full({name: state[key] for name, state in moments.items()})
+    optimizer = {"exp_avg": moment("exp_avg"), "exp_avg_sq": moment("exp_avg_sq"),
+                 "step": next(iter(moments.values()))["step"]}
+    ema, weights = full(run.ema.state_dict()), full(run.net.state_dict())
     if rank():
-        return                                             # it had to take part in gathering
-    if isinstance(vae, G.VAE):                             # a pretrained one stays a name
-        state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
+        return
+    state = {**run.state, "stage": args.stage, "step": step, "size": list(args.size),
+             "frames": args.frames, "fps": args.fps, "flags": flags_of(args)}
     if args.stage == "vae":
-        del state["ema"]                                   # it is state["vae"]
+        state["vae"] = {"config": run.ema.config, "weights": ema}
+    else:
+        state["ema"] = ema
+        if isinstance(run.vae, G.VAE):                     # a pretrained one stays a name
+            state["vae"] = {"config": run.vae.config, "weights": run.vae.state_dict()}
     halves = lambda x: {key: halves(v) for key, v in x.items()} if isinstance(x, dict) else \
         x.half() if isinstance(x, torch.Tensor) else x
-    shared = {key: value for key, value in state.items() if key not in ("weights", "optimizer")}
     # In this order: a run is done when last.safetensors says so
-    G.save_checkpoint(Path(args.out) / "ema.safetensors", halves(shared))
-    G.save_checkpoint(Path(args.out) / "last.safetensors", state)
+    G.save_checkpoint(Path(args.out) / "ema.safetensors", halves(state))
+    state |= {"weights": weights, "optimizer": optimizer}
+    G.save_checkpoint(Path(args.out) / FILES[0], state)
 
 @torch.no_grad()
 def measure_latents(vae, dataset, args, n=512):
@@ -975,7 +845,7 @@ def measure_latents(vae, dataset, args, n=512):
     the autoencoder. The noise schedule expects latents of mean 0 and variance 1."""
     n, z = min(n, len(dataset)), []
     for i in range(0, n, CHUNK):
-        clips, _ = collate([dataset[k] for k in range(i, min(i + CHUNK, n))])
+        clips = np.stack([dataset[k][0] for k in range(i, min(i + CHUNK, n))])
         z.append(vae.posterior(G.to_float(clips).to(args.device))[0].cpu().double())
     z = torch.cat(z).transpose(0, 2).flatten(1)            # (B, F, C, h, w) -> (C, all the rest)
     vae.mean.copy_(z.mean(1).view_as(vae.mean))
@@ -987,177 +857,140 @@ def save_sheets(path, sheets, fps):
         with D.writing(f"{path}.{'gif' if len(sheets) > 1 else 'png'}") as file:
             D.save_gif(file, sheets, fps) if len(sheets) > 1 else sheets[0].save(file)
 
-# column of log.csv: (name, colour in the plot). The bands lie far apart, and which of them falls
-# says what is being learned: layout at most noise, edges at least.
+# column of log.csv: (name, colour). Which band falls says what is learned: layout at most noise
 CURVES = {"loss": ("loss", "#111111"), "loss_t0": ("least noise", "#4477dd"),
           "loss_t1": ("some", "#44aa66"), "loss_t2": ("more", "#dd9933"),
           "loss_t3": ("most noise", "#cc4444"), "held_out": ("held out", "#aa44aa")}
-HEADER = ",".join(("step", *CURVES, "grad_norm", "skipped", "items_per_s"))
-ROW = re.compile(r"\d{1,12}(,(-?\d+\.?\d*(e[-+]?\d+)?|nan|inf)?){7},\d+,\d+\.\d*", re.ASCII)
+HEADER = ("step", *CURVES, "grad_norm", "skipped", "items_per_s")
 
 class Log:
-    """log.csv, one row a step. It is kept in memory and written before each checkpoint, so that a
-    resumed run goes on with the rows up to its checkpoint. Raises ValueError for a file with other
-    columns, as a spreadsheet may have saved it."""
+    """log.csv, a row a step: lists of numbers in memory, NaN for an empty cell. A resumed run goes
+    on with the rows up to its checkpoint. ValueError for a file of another form."""
     def __init__(self, path, first):
-        self.path, self.rows = path, []                    # rows: lists of strings
+        self.path, self.rows = path, []
         if first and path.exists():
-            with D.open_input(path, most=2 ** 30) as file:
-                header, *lines = file.read().decode("ascii", "replace").splitlines() or [HEADER]
-            if header != HEADER:
-                raise ValueError(f"{path} is not as this run wrote it; move it away to go on")
-            rows = [line.split(",") for line in lines if ROW.fullmatch(line)]
-            self.rows = [row for row in rows if int(row[0]) <= first]
-
+            try:
+                header, *lines = D.read_text(path, 2 ** 30).splitlines()
+                rows = [[float(cell or "nan") for cell in line.split(",")] for line in lines]
+                self.rows = [row for row in rows if row[0] <= first]
+                if header != ",".join(HEADER) or not {*map(len, self.rows)} <= {len(HEADER)}:
+                    raise ValueError                       # a spreadsheet may have saved it
+            except ValueError:
+                raise ValueError(f"{path} is not as this run wrote it; move it away") from None
     def add(self, step, losses, t, held, norm, speed):
         """losses (B,), t (B,) or None: the mean loss, and its mean in four bands of noise; held:
-        the held-out loss or nan; norm: that of the gradients; skipped steps are counted."""
+        the held-out loss or nan; norm: of the gradients. Returns the mean loss of 100 steps."""
         band = torch.full_like(losses, 9) if t is None else t * 4 // 1000      # (B,) 0 .. 3
         means = [losses.mean(), *(losses[band == k].mean() for k in range(4)), held]
-        skipped = int(self.rows[-1][-2] if self.rows else 0) + (not math.isfinite(norm))
-        cells = [f"{x:.7g}" if math.isfinite(x) else "" for x in map(float, means)]
-        self.rows.append([f"{step}", *cells, f"{norm:.5g}", f"{skipped}", f"{speed:.1f}"])
-
+        skipped = (self.rows[-1][-2] if self.rows else 0) + (not math.isfinite(norm))
+        self.rows.append([step, *map(float, means), norm, skipped, round(speed, 1)])
+        return np.mean([row[1] for row in self.rows[-100:]])
     def save(self):
         """Writes the file anew."""
+        cell = lambda x: "" if math.isnan(x) else f"{x:.9g}"
+        lines = [HEADER, *([cell(x) for x in row] for row in self.rows)]
         if rank() == 0:
             with D.writing(self.path) as file:
-                file.write_text("".join(f"{row}\n" for row in (HEADER, *map(",".join, self.rows))))
-
-    def recent(self):
-        """Mean loss of the last 100 steps."""
-        return np.mean([float(row[1] or "nan") for row in self.rows[-100:]])
+                file.write_text("".join(",".join(line) + "\n" for line in lines))
 
 def plot_log(log):
-    """loss.png: the loss, its parts by noise level and the held-out loss, on a logarithmic axis. It
-    is drawn with pillow, which needs no further package."""
-    cells = np.array([[float(cell or "nan") for cell in row[:1 + len(CURVES)]] for row in log.rows])
-    # Means over 100 parts of the run, of what is known in each
-    means = np.array([np.ma.masked_invalid(part).mean(0).filled(np.nan)
-                      for part in np.array_split(cells, min(100, len(cells)))])
-    seen = means[:, 1:][means[:, 1:] > 0]                  # (nan is not)
-    if rank() or len(means) < 2 or not len(seen):
+    """loss.png: the loss, its parts by noise level, the held-out loss, on a logarithmic axis."""
+    # Means over 100 parts of the run, of what is known in each: (100, 1 + curves)
+    parts = np.array_split(np.array(log.rows)[:, :1 + len(CURVES)], min(100, len(log.rows)))
+    means = np.array([np.ma.masked_invalid(part).mean(0).filled(np.nan) for part in parts])
+    steps, values = means[:, 0], np.where(means[:, 1:] > 0, means[:, 1:], np.nan)
+    if rank() or len(steps) < 2 or np.isnan(values).all():
         return                                             # one point is no curve
-    # From what is plotted to pixels; y grows downwards
-    W, H, left, top, right, bottom = 760, 400, 64, 30, 20, 40
-    steps, low, high = means[:, 0], math.log10(seen.min()) - 0.05, math.log10(seen.max()) + 0.05
-    to_x = lambda s: left + (W - left - right) * (s - steps[0]) / (steps[-1] - steps[0])
-    to_y = lambda v: top + (H - top - bottom) * (high - math.log10(v)) / (high - low)
-    image = Image.new("RGB", (W, H), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
-    write = lambda x, y, text, anchor: pen.text((x, y), text, "#555555", font, anchor)
-    for tick in (m * 10.0 ** k for k in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)):
-        if low <= math.log10(tick) <= high:
-            pen.line([(left, to_y(tick)), (W - right, to_y(tick))], fill="#e4e4e4")
-            write(left - 8, to_y(tick), f"{tick:g}", "rm")
-    for s in np.linspace(steps[0], steps[-1], 5):
-        write(to_x(s), H - bottom + 8, f"{s:.0f}", "mt")
-    x = left                                               # of the legend, along the top
-    for (name, (label, ink)), curve in zip(CURVES.items(), means.T[1:]):
-        points = [(to_x(s), to_y(v)) for s, v in zip(steps, curve) if v > 0]
+    low, high = np.log(0.9 * np.nanmin(values)), np.log(1.1 * np.nanmax(values))
+    to_x, to_y = lambda part: 64 + 676 * part, lambda part: 360 - 330 * part    # 0 .. 1 -> pixels
+    xs, ys = to_x((steps - steps[0]) / np.ptp(steps)), to_y((np.log(values) - low) / (high - low))
+    image, font = Image.new("RGB", (760, 400), "white"), ImageFont.load_default(size=13)
+    pen, legend = ImageDraw.Draw(image), 64                # legend: where its next name begins
+    for part in np.linspace(0, 1, 5):                      # five numbers along each axis
+        x, y = to_x(part), to_y(part)
+        pen.line([(64, y), (740, y)], fill="#e4e4e4")
+        pen.text((56, y), f"{math.exp(low + part * (high - low)):.2g}", "#555555", font, "rm")
+        pen.text((x, 368), f"{steps[0] + part * np.ptp(steps):.0f}", "#555555", font, "mt")
+    for (name, ink), curve in zip(CURVES.values(), ys.T):
+        points = [(x, y) for x, y in zip(xs, curve) if y == y]     # (NaN is not equal to itself)
         if points:                                         # stage vae has no noise levels
             pen.line(points, fill=ink, width=3 if name == "loss" else 1)
-            pen.text((x, 6), label, fill=ink, font=font)
-            x += 24 + pen.textlength(label, font=font)
+            pen.text((legend, 6), name, ink, font)
+            legend += 24 + pen.textlength(name, font)
     with D.writing(log.path.with_name("loss.png")) as file:
         image.save(file)
 
 # ---- 11. --dry-run: how large? --benchmark: how fast? --------------------------------------------
-
-WIDTHS = dict(small=128, labels=128, clip=768, t5=4096)     # channels, known without a download
-
-def imagine(args, frames):
-    """The model that the flags describe, with nothing loaded -> (config, shape of its latents
-    (B, F, C, h, w), floating-point operations of one item's forward pass, a random text encoder).
-    OURS: the paper's sizes read the paper's encoders unless --text says otherwise."""
-    spec = args.text or ("small" if args.preset == "nano" else "clip+t5")
-    dims = [WIDTHS.get(name) for name in spec.split("+") if spec != "none"]    # None is refused
-    cfg = G.GenTronConfig(**{name: getattr(args, name) for name in CONFIG}, text_dims=dims,
-                          temporal=args.stage == "t2v")
-
-    def text(captions, device=args.device):
-        B, L, new = len(captions), 77, partial(torch.randn, device=device)     # as long as CLIP's
-        mask = torch.ones(B, L, dtype=torch.bool, device=device)
-        return G.Text(tuple(new(B, L, d) for d in dims), (mask,) * len(dims), new(B, sum(dims)))
-    shape = (args.batch_size, frames, cfg.in_channels, args.size[0] // 8, args.size[1] // 8)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:      # no contents
-        G.GenTron(cfg)(torch.empty(1, *shape[1:]), torch.empty(1), text([""], "meta"))
-    return cfg, shape, counter.get_total_flops(), text
-
-def dry_run(args):
-    """Prints what the flags' model would take, and allocates none of it."""
+def measure(args):
+    """--dry-run prints what the flags' model would take, and allocates none of it. --benchmark then
+    times training steps on random data, a line a number of frames."""
+    steps, all_frames = args.steps or 10, [args.frames] if args.frames else [1, 4, 8, 16, 32]
     args, *_ = prepare(args)
-    cfg, shape, flops, _ = imagine(args, args.frames)
-    with torch.device("meta"):
-        models = [G.GenTron(dataclasses.replace(cfg, temporal=on)) for on in (False, True)]
-    n = [sum(p.numel() for p in model.parameters()) for model in models]
-    say(f"{args.preset}: {', '.join(f'{name} {getattr(cfg, name)}' for name in CONFIG)}, text of "
-        f"{cfg.text_dims} channels, latents {shape[1:]}",
+    B, video, cuda = args.batch_size, args.stage == "t2v", args.device.type == "cuda"
+    # OURS: the paper's sizes read the paper's encoders unless --text says otherwise
+    spec = args.text or ("small" if args.preset == "nano" else "clip+t5")
+    widths = dict(small=128, labels=128, clip=768, t5=4096)
+    dims = [widths.get(name) for name in spec.split("+") if spec != "none"]    # None is refused
+    config = {**{name: getattr(args, name) for name in CONFIG}, "text_dims": dims}
+    model = lambda temporal=video: G.GenTron(G.GenTronConfig(**config, temporal=temporal))
+    def text(captions, device=args.device):                # random numbers, as many as CLIP's
+        new = partial(torch.randn, len(captions), device=device)
+        mask = torch.ones(len(captions), 77, dtype=torch.bool, device=device)
+        return G.Text(tuple(new(77, d) for d in dims), (mask,) * len(dims), new(sum(dims)))
+    with torch.device("meta"):                             # numbers without contents
+        n = [sum(p.numel() for p in model(temporal).parameters()) for temporal in (False, True)]
+    say(f"{args.preset}: {', '.join(f'{name} {value}' for name, value in config.items())}",
         f"{n[0] / 1e6:.1f} M parameters, {n[1] / 1e6:.1f} M with temporal layers",
-        f"{flops / 1e9:.1f} GFLOPs an item, {3 * flops / 1e9:.1f} to train on it",
         "GB of a process, fp32; activations come on top: see --benchmark",
         f"{'':16}{'weights':>10}{'gradients':>10}{'AdamW':>10}{'EMA':>10}{'all':>10}")
     for N in (1, max(8, processes())):                     # bytes a parameter; AdamW has 2 moments
-        parts = [k * n[cfg.temporal] / N / 1e9 for k in (4, 4, 8, 4, 20)]
-        say(f"{f'--fsdp on {N}' if N > 1 else 'without --fsdp':16}"
-            + "".join(f"{part:10.2f}" for part in parts))
-
-def benchmark(args):
-    """Times training steps on random data, one line a number of frames."""
-    import resource  # here, because Windows has none
-    steps, all_frames = args.steps or 10, [args.frames] if args.frames else [1, 4, 8, 16, 32]
-    args, *_ = prepare(args)
-    cuda, B, own = args.device.type == "cuda", args.batch_size, own_part(args.batch_size)
-    say(f"{args.preset}, {args.size[0]}x{args.size[1]}, batch {B} on {processes()} x {args.device}"
-        f", {args.precision}; medians of {steps} steps",
-        "frames    s/step   items/s   TFLOP/s   of matmul   peak GB")
-    # A model is mostly matrix products: one of two large matrices is the best it could reach
-    n, kind = 8192 if cuda else 512, torch.bfloat16 if args.precision == "bf16" else torch.float32
-    a = torch.randn(n, n, device=args.device, dtype=kind)
-    for frames in all_frames if args.stage == "t2v" else [1]:
-        cfg, shape, flops, text = imagine(args, frames)
-        schedule, times = G.NoiseSchedule(args.schedule, args.objective, args.noise_shift), []
-        run = start(G.Net(G.GenTron(cfg), text, schedule), args)
-        inputs = (torch.randn(shape)[own], [""] * B, G.randomness(0, 0, shape, schedule)[own])
+        parts = [f"{k * n[video] / N / 1e9:10.2f}" for k in (4, 4, 8, 4, 20)]
+        say(f"{f'--fsdp on {N}' if N > 1 else 'without --fsdp':16}{''.join(parts)}")
+    if args.benchmark:
+        import resource  # here, because Windows has none
+        # A model is mostly matrix products: one of two large matrices is the best it could reach
+        side, kind = 8192 if cuda else 512, {"bf16": torch.bfloat16}.get(args.precision)
+        a = torch.randn(side, side, device=args.device, dtype=kind)
+        say(f"batch {B}, {processes()} x {args.device}, {args.precision}; medians of {steps} steps",
+            "frames    s/step   items/s   TFLOP/s   of matmul   peak GB")
+    schedule = G.NoiseSchedule(args.schedule, args.objective, args.noise_shift)
+    for frames in all_frames if video else [1]:
+        shape, times = (B, frames, 4, args.size[0] // 8, args.size[1] // 8), []
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model()(torch.empty(1, *shape[1:]), torch.empty(1), text([""], "meta"))
+        flops = 3 * counter.get_total_flops()              # an item's: forward, twice it backward
+        if args.dry_run:
+            say(f"{flops / 1e9:.1f} GFLOPs to train on an item of latents {shape[1:]}")
+            continue
+        run = start(G.Net(model(), text, schedule), args)
+        inputs = (torch.randn(shape), [""] * B, G.randomness(0, 0, shape, schedule))
+        inputs = [x[own_part(B)] for x in inputs]
         for step in tqdm(range(3 + steps), leave=False, disable=rank() > 0):     # 3 to warm up
             begin, _, middle = time.monotonic(), (a @ a)[0, 0].item(), time.monotonic()
             training_step(run, inputs, step, args)
             times.append((middle - begin, time.monotonic() - middle))
         matmul, seconds = np.median(times[3:], axis=0)
-        rate = 3 * flops * B / seconds / processes()
-        peak = torch.cuda.max_memory_allocated() if cuda else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024      # kilobytes on Linux
+        rate, peak = flops * B / seconds / processes(), torch.cuda.max_memory_allocated() if cuda \
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024     # kilobytes on Linux
         say(f"{frames:6}{seconds:10.3f}{B / seconds:10.1f}{rate / 1e12:10.3g}"
-            f"{rate / (2 * n ** 3 / matmul):12.0%}{peak / 1e9:10.2f}")
+            f"{rate / (2 * side ** 3 / matmul):12.0%}{peak / 1e9:10.2f}")
 
 # ---- 12. Main ------------------------------------------------------------------------------------
-
-def end_workers():
-    """Kills the loader's processes. They ignore SIGTERM, so an exit that asks would wait."""
-    # The loader's SIGCHLD handler raises when a worker dies
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if hasattr(signal, "SIGCHLD") else None
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
-    if handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
-
 def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
-    def work():
-        args = parser().parse_args(argv)
-        try:
-            (dry_run if args.dry_run else benchmark if args.benchmark else
-             encode if args.stage == "encode" else train)(args)
-        except RuntimeError as error:
-            if dist.is_initialized() and re.search("gloo|nccl|connection|peer", str(error), re.I):
-                raise ValueError("another process of this run has ended or hangs") from None
-            raise
+    job = lambda args: (measure if args.dry_run or args.benchmark else
+                        encode if args.stage == "encode" else train)(args)
     try:
-        return D.run_main(work, "try --grad-accum, --checkpoint-activations, --fsdp on several "
-                                "GPUs, or a smaller --batch-size or --preset")
+        return D.run_main(lambda: job(parser().parse_args(argv)), "try --grad-accum, --fsdp, "
+                          "--checkpoint-activations, or a smaller --batch-size or --preset")
     finally:
-        end_workers()
+        # The loader's processes ignore SIGTERM, so an exit that asks them to end would wait. Its
+        # own SIGCHLD handler raises when one of them dies.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
         while LOCKS:
             LOCKS.pop().close()         # the folder is free again
         if dist.is_initialized():
