@@ -53,8 +53,9 @@ import gentron as G
 
 # ---- 1. Flags and their defaults -----------------------------------------------------------------
 # The defaults that depend on what is trained. The first three columns are for the nano preset and
-# the autoencoder, the last two for the paper's sizes. From the paper: lr 1e-4, constant, and 128
-# clips. OURS: the rest. nano learns a small world, so it has a high rate and a short EMA.
+# the autoencoder, the last two for the paper's sizes. From the paper: eps, lr 1e-4, constant,
+# 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest. nano learns a small world, so
+# it has a high rate and a short EMA.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
     "steps":         (16_000,   5_428,    4_500,    500_000,     500_000),
@@ -120,7 +121,7 @@ def parser():
     add("--fps", "t2v: frames a second", type=D.number(float, 0.01, 1000))
     # OURS: the three rates. The paper drops text and motion, and does not say how often.
     add("--p-drop-text", "share of captions that are dropped", 0.1, type=share)
-    add("--p-motion-free", "t2v: share of stills, temporal attention off", 0.1, type=share)
+    add("--p-motion-free", "t2v: share of stills, with the identity mask", 0.1, type=share)
     add("--p-first-frame", "t2v: share of clips whose first frame is given", type=share)
     group = p.add_argument_group("optimisation")
     add("--steps", "steps in all", type=count)
@@ -209,7 +210,7 @@ def joint_batches(clips, pictures, schedule, shape, first, args):
 
     Joint image-video training (paper 3.4): an item drawn as `still`, with probability
     --p-motion-free, is a picture repeated F times, with the picture's caption. `training_loss`
-    switches its temporal attention off. In t2i there are no stills: all items are pictures.
+    gives it the identity mask. In t2i there are no stills: all items are pictures.
     clips, pictures: Latents (pictures None: no stills); shape: (B, F, C, h, w)."""
     B, own = shape[0], own_part(shape[0])                  # own: this process's slice of the batch
     for step in itertools.count(first):                    # the loop knows when to stop
@@ -258,7 +259,7 @@ def training_step(run, inputs, step, args):
         losses.append(loss.detach())
     average_gradients(run.weights)                         # over the processes, if there are more
 
-    # clip: OURS, to a norm of 1. The norm is that of all processes, so they all decide alike.
+    # OURS: clipped to a norm of 1. The norm is that of all processes, so they all decide alike.
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.weights, 1.0)).item()
 
     if math.isfinite(norm):
@@ -365,7 +366,7 @@ def train(args):
         raise ValueError(f"no finite gradient in {in_a_row} steps, up to step {done}; they are not "
                          f"saved; try a lower --lr, or --precision fp32")
     if done < args.steps:
-        return say(f"stopped by {why} after step {done} of {args.steps}, saved")
+        return say(f"stopped by {why} after step {done} of {args.steps}; the same command goes on")
     use = f"To use it: python train.py --vae {shlex.quote(f'{out}/ema.safetensors')}"
     if args.stage != "vae":
         use = f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
@@ -841,15 +842,16 @@ def save(run, step, args):
 
 @torch.no_grad()
 def measure_latents(vae, dataset, args, n=512):
-    """Measures mean and standard deviation of each latent channel over n items, and keeps them in
-    the autoencoder. The noise schedule expects latents of mean 0 and variance 1."""
-    n, z = min(n, len(dataset)), []
-    for i in range(0, n, CHUNK):
-        clips = np.stack([dataset[k][0] for k in range(i, min(i + CHUNK, n))])
-        z.append(vae.posterior(G.to_float(clips).to(args.device))[0].cpu().double())
-    z = torch.cat(z).transpose(0, 2).flatten(1)            # (B, F, C, h, w) -> (C, all the rest)
-    vae.mean.copy_(z.mean(1).view_as(vae.mean))
-    vae.std.copy_(z.std(1).clamp(min=1e-4).view_as(vae.std))
+    """Measures mean and standard deviation of each latent channel, as drawn, over n items, and
+    keeps them in the autoencoder. The schedule expects latents of mean 0 and variance 1."""
+    numbers, parts = range(min(n, len(dataset))), []
+    for i in numbers[::CHUNK]:
+        clips = np.stack([dataset[k][0] for k in numbers[i:i + CHUNK]])
+        parts.append(vae.posterior(G.to_float(clips).to(args.device)))
+    # (B, F, C, h, w) -> (C, all the rest)
+    mean, logvar = (torch.cat(x).cpu().double().transpose(0, 2).flatten(1) for x in zip(*parts))
+    vae.mean.copy_(mean.mean(1).view_as(vae.mean))
+    vae.std.copy_((mean.var(1) + logvar.exp().mean(1)).sqrt().view_as(vae.std))
 
 def save_sheets(path, sheets, fps):
     """Writes a list of F PIL images: a PNG, or a GIF of several."""
