@@ -1202,8 +1202,9 @@ def losses_seen(monkeypatch, then):
 
 # ---- The training step ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("accum", [1, 4])
-def test_a_step_descends_along_the_clipped_mean_gradient_at_its_rate(here, monkeypatch, accum):
+@pytest.mark.parametrize("accum,decay", [(1, 110), (4, 0)])
+def test_a_step_descends_along_the_clipped_mean_gradient_at_its_rate(
+        here, monkeypatch, accum, decay):
     """By hand: losses of 1 .. 4 times 1 + the sum of 16 weights have a mean gradient of 2.5 in each
     of these, a norm of 10. The rate warms up over 100 steps and falls as 1 / sqrt(step)."""
     factors, rates = itertools.cycle([1.0, 2.0, 3.0, 4.0]), []
@@ -1218,13 +1219,11 @@ def test_a_step_descends_along_the_clipped_mean_gradient_at_its_rate(here, monke
     monkeypatch.setattr(G.Net, "forward", loss)
     monkeypatch.setattr(D, "judge", lambda *_: D.Verdict(False, [], {}, {}))
     at_steps(monkeypatch, look)
-    log = log_of(trained("--steps", "120", "--lr", "1e-4", "--lr-decay", "110", "--grad-accum",
-                         accum, "--sample-every", "999"))
+    log = log_of(trained("--steps", 120, "--lr", "1e-4", "--lr-decay", decay, "--grad-accum", accum,
+                         "--sample-every", 999))
     assert float(log[0]["loss"]) == 2.5 and {row["grad_norm"] for row in log} == {"10"}
     assert rates == pytest.approx([1e-4 * min(1, (step + 1) / 100) * math.sqrt(
-        110 / max(110, step)) for step in range(120)])
-    trained("--steps", "120", "--lr", "1e-4", "--lr-decay", "0", "--sample-every", "999", out="b")
-    assert rates[-1] == 1e-4
+        decay / max(decay, step) if decay else 1) for step in range(120)])
 
 @pytest.mark.parametrize("stage", ["vae", "t2i"])
 def test_ema_safetensors_holds_averages_and_a_bad_step_changes_nothing(here, monkeypatch, stage):
@@ -1282,7 +1281,7 @@ def test_joint_training_an_item_without_motion_is_a_picture_with_its_own_caption
     for k in range(4):
         film = dict(save_all=True, append_images=[one(k + 1), one(k + 2)], duration=250)
         put(Path(f"films/{k}.gif"), one(k), f"film {k}", **film)
-        put(Path(f"stills/{k}.png"), one(k), f"still {k}")
+        put(Path(f"stills/{k}.png"), one(5 - k), f"still {k}")
     vae, latents, seen = G.build_vae(G.load_checkpoint("t2i.safetensors")), {}, []
     for folder, frames in (("films", 3), ("stills", 1)):
         for clip, caption in D.Folder(folder, (32, 32), frames, 4):
@@ -1938,7 +1937,7 @@ def test_the_bench_gives_a_perfect_sampler_all_and_a_blank_one_nothing(here, mon
     for draw, scores in ((perfect, right), (blank, wrong)):
         monkeypatch.setattr(sample.Sampler, "__call__", draw)
         for frames in (4, 1):
-            record, _ = benched("--n", "5", "--frames", frames, ckpt="t2v.safetensors")
+            record, _ = benched("--n", "3", "--frames", frames, ckpt="t2v.safetensors")
             scores |= {k: entry["score"] for k, entry in record["categories"].items()}
     assert right.keys() == {*D.CATEGORIES, "numeracy", *D.CLIP_CATEGORIES}
     assert np.mean(list(right.values())) >= 0.98 and not any(wrong.values()), (right, wrong)
@@ -2132,7 +2131,7 @@ def test_bad_input_is_one_line_with_code_2_and_nothing_written(here, script):
 # ==== 11. Hostile files: nothing hangs, fills memory, leads outside, overwrites what is not ours ==
 
 # What a fact may be, and what the header may wrongly say of the first tensor, a (4, 1, 1) of F32
-ODD = (..., None, True, -1, 0, 1.5, 10 ** 9, math.nan, "small+" * 99, "evil", [], ["x"], [0, 0],
+ODD = (..., None, True, -1, 0, 10 ** 9, math.nan, "small+" * 99, "evil", [], ["x"], [0, 0],
        [10 ** 9] * 2, 99, {}, {"novel": 1}, {"model.final.bias": "x"})
 ENTRIES = (*(("data_offsets", x) for x in ([0, 12], [8, 16], [0, 2 ** 40], [-16, 0], "a", [0, 20])),
            *(("dtype", x) for x in ("F16", "I64", [1], None)), ("shape", [-4, -1, 1]),
@@ -2158,7 +2157,7 @@ def bad_checkpoints():
     places = [(name,) for name in (*about["facts"], "ema")] + [
         (part, key) for part in ("vae", "config", "text", "schedule")
         for key in {**about["facts"][part], "name": 0, "steps": 0, "weights": 0}]
-    for place, value in itertools.product(places, ODD):
+    for place, value in [*itertools.product(places, ODD)][::2]:    # of an odd number of values
         yield packed(set_fact, place, value), False
     for field, value in ENTRIES:
         yield packed(lambda entries, _: entries[first].update({field: value})), True
