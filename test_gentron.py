@@ -1203,8 +1203,7 @@ def losses_seen(monkeypatch, then):
 # ---- The training step ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("accum,decay", [(1, 110), (4, 0)])
-def test_a_step_descends_along_the_clipped_mean_gradient_at_its_rate(
-        here, monkeypatch, accum, decay):
+def test_a_step_descends_along_the_clipped_mean_gradient(here, monkeypatch, accum, decay):
     """By hand: losses of 1 .. 4 times 1 + the sum of 16 weights have a mean gradient of 2.5 in each
     of these, a norm of 10. The rate warms up over 100 steps and falls as 1 / sqrt(step)."""
     factors, rates = itertools.cycle([1.0, 2.0, 3.0, 4.0]), []
@@ -1367,7 +1366,6 @@ def test_other_flags_on_resume_are_refused_by_name(here, tiny_run, monkeypatch):
         G.save_checkpoint(file, state)
         refused(train, [*flags, "run", "--steps", "4", f"--{flag}", *now], f"--{flag} was ")
     trained("--steps", "3")                                 # without the flags it goes on
-    # A finished run says how to go on. --no-resume moves it aside.
     assert "--steps 6" in run(train, *flags, "run", "--steps", "3")
     trained("--steps", "1", "--lr", "0.5", "--no-resume")
     assert len(log_of(Path("run"))) == 1 and len(log_of(Path("run.1"))) == 3
@@ -2058,12 +2056,11 @@ data --preview few/00.png --data few | few/00.png
 
 def bad_inputs():
     """Files to go wrong with, in the working folder."""
-    pictures("few", 3), put("other/x.png", one(0), "x"), Path("empty").mkdir()
+    pictures("few", 3), put("other/x.png", one(0), "x"), put("m.png", one(0)), os.mkdir("empty")
     for name, data in (("broken.txt", b"no picture"), ("old.pt", b"PK\3\4" + bytes(99)),
                        ("blank.txt", b"\n"), ("binary.txt", b"\xff\0"), ("newer.safetensors", Path(
                            "t2i.safetensors").read_bytes().replace(b'"depth', b'"dephh'))):
         Path(name).write_bytes(data)
-    Image.new("L", (32, 32)).save("m.png")
     state = random_state("t2i")
     G.save_checkpoint("raw.safetensors", {**state, "ema": {}})
     state["vae"]["weights"]["std"].fill_(7.25)              # not finite: all bits of the exponent
@@ -2199,9 +2196,12 @@ def hostile_cases():
         for path in ("r/last.safetensors", "r/log.csv", "r/config.json", "r/samples", "mine/x.gif",
                      "mine/index.json", "mine/00.txt", "mine/captions.jsonl", "mine/x.png"):
             yield path, make, train, mine, None
-    lies = json.dumps({"format": D.CACHE_FORMAT, "fps": 0, "vocabulary": [1, 2]})
-    yield "mine/index.json", text(lies), train, mine, ["damaged", "mine"]
-    yield "mine/index.json", text("[" * 100_000), train, mine, None
+    cache, index = [*tiny, "--data", "cache"], json.loads(Path("cache/index.json").read_text())
+    for key, value in [*itertools.product(index, ODD[1:])][::3]:
+        yield "cache/index.json", text(json.dumps(index | {key: value})), train, cache, None
+    for name in ("captions.0.jsonl", "latents.0.f16", "index.json"):
+        for content in ("", "3\n", "[" * 100_000):
+            yield f"cache/{name}", text(content), train, cache, []
     yield "mine/index.json", text("{}"), train, [
         "--stage", "encode", *NET, "--size", "32", "--out", "mine"], ["index.json"]
     for name in (".lock", "ema.safetensors.tmp", "last.safetensors.tmp", "ema.safetensors",
@@ -2226,6 +2226,7 @@ def test_hostile_files_harm_nothing(here, monkeypatch):
     """Every case in a folder of its own; a fault is reported with all others at the end."""
     wrong, memory = [], peak_memory()
     pictures("clean/mine", 3), Path("clean/victim").write_text("precious")
+    shutil.copytree(encode(), "clean/cache")
     [shutil.copy(f"{stage}.safetensors", "clean") for stage in ("vae", "t2i", "t2v")]
     for name, make, script, flags, words in hostile_cases():
         monkeypatch.chdir(here)
