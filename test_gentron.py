@@ -1698,7 +1698,7 @@ def test_killed_anywhere_the_run_goes_on_to_the_same_end(here):
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(here, monkeypatch):
     pytest.importorskip("fcntl")
-    second, said = [sys.executable, HERE / "train.py", *TINY, *NET, "--out", "run"], []
+    second, said = [sys.executable, HERE / "train.py", *TINY, *NET, "--steps=1", "--out=run"], []
     losses_seen(monkeypatch, lambda *_: said.append(subprocess.run(
         second, env=ALONE, capture_output=True, text=True).stderr))
     trained("--steps", "1")                                 # a finished run's lock is no obstacle
@@ -1897,8 +1897,8 @@ def benched(*flags, ckpt="t2i.safetensors"):
     return json.loads(Path("bench.json").read_text()), said
 
 def test_the_bench_asks_fixed_prompts_that_the_model_can_read_whatever_the_batch(here):
-    shape = ["--n", "6", "--category", "shape"]
-    runs = [benched(*shape, *more)[0] for more in (["color"], ["--batch-size", "3"],
+    shape = ["--n", "6", "--category", "color", "shape"]
+    runs = [benched(*shape, *more)[0] for more in (["--category", "shape"], ["--batch-size", "3"],
                                                    ["--seed", "1"], ["--split", "unseen"])]
     a, b, c, d = (record["categories"]["shape"] for record in runs)
     asked = lambda entry: [verdict["prompt"] for verdict in entry["verdicts"]]
