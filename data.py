@@ -1068,8 +1068,8 @@ def cache_index(path):
     with suppress(*_BAD):
         if (len(x["size"]) == 2 and len(x["shape"]) == 4 and whole(4096, *x["size"], *x["shape"])
                 and whole(10 ** 10, x["items"], x["parts"], *x["dims"]) and 0.01 <= x["fps"] <= 1000
-                and x["shape"][0] == x["frames"] and words(x["text"]) == bool(x["dims"])
-                and words(x["fingerprint"], *x["labels"], *x["vocabulary"])):
+                and x["shape"][0] == x["frames"] and (x["text"] is None) == (not x["dims"])
+                and words(x["text"] or "", x["fingerprint"], *x["labels"], *x["vocabulary"])):
             return x
     raise ValueError(f"damaged cache, {path}; delete it and encode again")
 

@@ -2,19 +2,19 @@
 test_gentron.py: the paper's claims as assertions, then everything else that the project promises.
 
     python -m pytest                 # the quick suite
-    python -m pytest -m slow         # the rest: more truth for the judge, many processes, a browser
+    python -m pytest -m slow         # the rest: more truth for the judge, many processes, long runs
 
 The first part can be read beside the paper: eight claims, each with its test. A fresh model answers
 exactly 0, and an equality test on it would pass whatever the code does. So every equality is tried
 on models in which all parameters are random (`randomised`).
 """
 
-import ast
 import base64
 import contextlib
+import copy
 import csv
 import dataclasses
-import importlib
+import inspect
 import io
 import itertools
 import json
@@ -29,36 +29,28 @@ import socket
 import struct
 import subprocess
 import sys
+import time
+import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
+import torch.nn.functional as fn
+from PIL import Image, ImageOps, ImageSequence
 
 import data as D
 import gentron as G
 import sample
 import train
 
-os.environ["HF_HUB_OFFLINE"] = "1"                          # no test needs a network
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")            # as in train.py
-
-import tarfile
-import zlib
-
-import torch.nn.functional as fn
-from PIL import ImageOps
-
-try:
+if POSIX := os.name == "posix":
     import resource
-except ImportError:                                         # Windows
-    resource = None
+os.environ["HF_HUB_OFFLINE"] = "1"                          # no test needs a network
 HERE = Path(G.__file__).resolve().parent                    # the repository
-CPU = dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+ALONE = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 slow = pytest.mark.slow
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -66,22 +58,34 @@ slow = pytest.mark.slow
 # Flags of train.py for a model of a few thousand weights: four tokens a picture
 TINY = ["--depth", "2", "--width", "32", "--heads", "4", "--size", "32", "--batch-size", "4",
         "--workers", "0", "--device", "cpu", "--precision", "fp32"]
+NET, RED, LEFT = ["--vae", "vae.safetensors"], "a red circle", "a red circle moving left"
 
-def run(script, *args, cwd, env=None, code=0, timeout=300):
-    """Runs a script of the repository in a process of its own, without a GPU -> CompletedProcess.
-    code: the exit code that is expected; 2 also wants one line, `error: ...`."""
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, args)], cwd=cwd, text=True,
-                          env={**os.environ, **CPU, **(env or {})}, capture_output=True,
-                          timeout=timeout)
-    assert done.returncode == code, f"{script} {args}: {done.stdout[-1500:]}{done.stderr[-3000:]}"
-    if code == 2:
-        assert one_line(done.stderr), done.stderr
-    return done
+def run(module, *flags, code=0):
+    """A script's main, in this process -> all that it printed. code: its exit code, or several that
+    it may be; 2 wants one line of error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            ended = module.main([str(flag) for flag in flags])
+        except SystemExit as stop:
+            ended = stop.code
+    said = out.getvalue() + err.getvalue()
+    assert ended == code or code == (0, 2) and ended in code, f"{flags} {ended}: {said[-1500:]}"
+    if ended == 2:                                          # progress bars may stand before it
+        line = [line for line in re.split(r"[\r\n]+", err.getvalue()) if line.strip()][-1]
+        assert line.startswith("error: ") and "Traceback" not in said and len(line) <= 400, said
+    return said
 
-def one_line(stderr):
-    """Does it end in one line that says what is wrong? Progress bars may stand before it."""
-    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip()]
-    return lines[-1].startswith("error: ") and "Traceback" not in stderr and len(lines[-1]) <= 400
+def refused(module, flags, *words):
+    """The script ends with code 2; its one line of error holds all the words."""
+    line = run(module, *flags, code=2).splitlines()[-1]
+    assert all(word in line for word in words), (words, line)
+
+def trained(*flags, out="run"):
+    """train.py on a tiny model -> the run's folder."""
+    own = {"--init", "--vae", "vae"} & {*flags}             # these bring their autoencoder
+    run(train, *TINY, *([] if own else NET), *flags, "--out", out)
+    return Path(f"{out}")
 
 def randomised(module, seed=0, std=0.08):
     """Every parameter drawn anew, also those that start at zero; biases too."""
@@ -91,18 +95,24 @@ def randomised(module, seed=0, std=0.08):
             p.copy_(torch.randn(p.shape, generator=g) * std)
     return module.eval()
 
+def tiny(text_dims=(24,), depth=3, **more):
+    """A small GenTron with random parameters."""
+    return randomised(G.GenTron(G.GenTronConfig(depth=depth, width=32, heads=4,
+                                                text_dims=text_dims, **more)))
+
+def noise(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
 def largest(a, b):
     """The largest absolute difference."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return (a - b).abs().max().item()
 
-def noise(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-def tiny(text_dims=(24,), depth=3, **more):
-    """A small GenTron with random parameters."""
-    return randomised(G.GenTron(G.GenTronConfig(depth=depth, width=32, heads=4,
-                                                text_dims=text_dims, **more)))
+def same(a, b):
+    """Are two trees of dicts, tensors and plain values equal?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
 
 def some_text(dims=(24,), B=2, L=5, lengths=None, seed=0):
     """Random Text; lengths: real tokens of each row (default: all)."""
@@ -116,16 +126,16 @@ def rows_of(text, rows):
     return G.Text(tuple(x[rows] for x in text.tokens), tuple(m[rows] for m in text.mask),
                   text.pooled[rows])
 
-def random_state(stage, /, seed=0, **more):
+def random_state(stage, /, seed=0, words=None, spec="small", **more):
     """A checkpoint's dict of stage vae, t2i or t2v: tiny, every parameter random. It draws 32 x 32
-    pixels with four tokens a frame. more: entries to replace."""
+    pixels with four tokens a frame. words: its vocabulary; more: entries to replace."""
     vae = randomised(G.VAE(channels=4), seed)
     vae.mean.fill_(0.1), vae.std.fill_(0.9)
     state = {"stage": stage, "step": 3, "size": [32, 32], "frames": 4 if stage == "t2v" else 1,
              "fps": 4.0, "flags": {}, "made": {},
              "vae": {"config": vae.config, "weights": vae.state_dict()}}
     if stage != "vae":
-        text = {"spec": "small", "vocabulary": D.vocabulary(), "dim": 32}
+        text = {"spec": spec, "vocabulary": words or D.vocabulary(), "dim": 32}
         config = G.GenTronConfig(depth=2, width=32, heads=4, in_channels=4, text_dims=(32,),
                                  temporal=stage == "t2v", grid=(2, 2))
         net = randomised(G.Net(G.GenTron(config), G.TextEncoder(**text), None), seed)
@@ -133,6 +143,30 @@ def random_state(stage, /, seed=0, **more):
                   "text": text, "schedule": {"kind": "cosine", "objective": "v", "shift": 0.0},
                   "ema": net.state_dict()}
     return state | more
+
+INKS = [(220, 30, 30), (30, 200, 60), (40, 60, 220), (230, 210, 40), (150, 40, 190), (30, 30, 30)]
+
+def one(color, size=(40, 40), mode="RGB"):
+    """A picture of one colour, or of the k-th of INKS."""
+    return Image.new(mode, size, INKS[color] if type(color) is int and mode == "RGB" else color)
+
+def put(path, image, caption=None, **save):
+    """Saves a picture and, beside it, its caption -> its Path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **save)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+def pictures(folder, n=6, classes=()):
+    """A folder of n random pictures, each with a caption of its own (or in class folders)."""
+    rng = np.random.default_rng(0)
+    for k in range(n):
+        image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+        put(Path(folder, classes[k % len(classes)] if classes else "", f"{k:02d}.png"), image,
+            None if classes else f"noise number n{k}")
+    return folder
 
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory):
@@ -142,10 +176,49 @@ def tiny_files(tmp_path_factory):
         G.save_checkpoint(home / f"{stage}.safetensors", random_state(stage))
     return {path.stem: path for path in home.iterdir()}
 
+@contextlib.contextmanager
+def workplace(folder, tiny_files):
+    """The working folder holds vae, t2i and t2v.safetensors; the worlds are small."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder), patch.setattr(train, "CHUNK", 16)
+        for stage, n in (("vae", 40), ("t2i", 40), ("t2v", 16)):
+            patch.setitem(train.DRAWN, stage, n)
+            shutil.copy(tiny_files[stage], folder)
+        yield folder
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+@pytest.fixture
+def here(tiny_files, tmp_path):
+    with workplace(tmp_path, tiny_files):
+        yield tmp_path
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_files, tmp_path_factory):
+    """The folder of a t2i run of two steps, made once; `copy_of` gives a test its own."""
+    with workplace(tmp_path_factory.mktemp("tiny run"), tiny_files) as home:
+        return home / trained("--steps", "2")
+
+def copy_of(tiny_run):
+    """A copy of that run, `run` in the working folder."""
+    return Path(shutil.copytree(tiny_run, "run"))
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """Each call of D.contact_sheet: (cells, labels, columns)."""
+    kept, sheet = [], D.contact_sheet
+    monkeypatch.setattr(D, "contact_sheet", lambda clips, labels, columns=6, *a, **k: kept.append(
+        (list(clips), list(labels), columns)) or sheet(clips, labels, columns, *a, **k))
+    return kept
+
+@pytest.fixture(scope="session")
+def words():
+    return randomised(G.TextEncoder("small", D.vocabulary(), dim=32))
+
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
-    """A folder with clip/, t5/ and vae/: real model classes with a few thousand random weights,
-    saved as the libraries save them."""
+    """A folder with clip/, t5/ and vae/: the libraries' models, tiny, with random weights."""
     transformers = pytest.importorskip("transformers")
     diffusers = pytest.importorskip("diffusers")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -281,7 +354,6 @@ def plain_attention(attn, x, y, allowed, pos=None):
     q = x.double() @ w["q.weight"].T + w["q.bias"]
     k, v = (y.double() @ w["kv.weight"].T + w["kv.bias"]).chunk(2, -1)
     d, heads = q.shape[1] // attn.heads, []
-
     def turned(a, sign):
         if pos is None:
             return a
@@ -314,10 +386,6 @@ def test_5_motion_free_is_the_identity_mask_exactly():
         change = (model(z + change, t, text, motion) - model(z, t, text, motion)).abs()
         assert [f for f in range(4) if change[:, f].max() > 1e-5] == heard
     assert torch.equal(model(z, t, text), model(z, t, text, torch.tensor([True])))     # None = on
-
-@pytest.fixture(scope="module")
-def words():
-    return randomised(G.TextEncoder("small", D.vocabulary(), dim=32))
 
 def test_6_joint_training_a_still_trains_as_pictures_and_a_clip_with_motion(words):
     """Paper 3.4: with probability p_motion_free an item is a picture, repeated F times into a still
@@ -375,8 +443,8 @@ def test_8_the_presets_have_the_parameter_counts_of_table_1():
             assert (cfg.depth, cfg.width, cfg.width * cfg.mlp_ratio) == (depth, width, mlp)
             assert (cfg.text_dims, cfg.patch_size) == ((768, 4096), 2)
             assert count == pytest.approx(millions, rel=0.025)
-        said = float(re.search(rf'"{name}":.*?#\s+([\d.]+) M', source)[1])
-        assert said == pytest.approx(count, abs=0.06), f"the comment beside {name}"
+        said = re.search(rf'"{name}":.*?#\s+([\d.]+) M', source)[1]      # the comment beside it
+        assert float(said) == pytest.approx(count, abs=0.06), name
 
 # ==== 2. Equal to independent code ================================================================
 
@@ -395,15 +463,14 @@ def test_with_adaln_and_labels_it_is_dit():
     embedding.class_embedder.embedding_table.weight.data = ours.pooled(G.norm(vectors)).detach()
     for block in theirs.transformer_blocks[1:]:     # each has a time MLP and a table of its own
         block.norm1.emb.load_state_dict(embedding.state_dict())
-
     def copy(linear, *sources):
         weight = torch.cat([s.weight for s in sources])
         linear.weight.data = weight.reshape(linear.weight.shape).clone()
         linear.bias.data = torch.cat([s.bias for s in sources]).clone()
     copy(ours.patch, theirs.pos_embed.proj)         # a convolution (D, C, p, p); our patches: p p C
     ours.patch.weight.data = theirs.pos_embed.proj.weight.permute(0, 2, 3, 1).reshape(width, -1)
-    for k, theirs_k in ((0, "linear_1"), (2, "linear_2")):
-        copy(ours.time[k], getattr(embedding.timestep_embedder, theirs_k))
+    copy(ours.time[0], embedding.timestep_embedder.linear_1)
+    copy(ours.time[2], embedding.timestep_embedder.linear_2)
     # They write cosines first, and their frequencies end one step lower (downscale_freq_shift = 1)
     ours.time[0].weight.data = torch.cat(ours.time[0].weight.data.chunk(2, 1)[::-1], 1)
     for mine, block in zip(ours.blocks, theirs.transformer_blocks):
@@ -505,23 +572,6 @@ def test_a_pretrained_autoencoder_brings_its_own_mean_and_std(pretrained, tmp_pa
     other.load_state_dict(vae.net.state_dict()), other.save_pretrained(tmp_path)
     assert largest(G.PretrainedVAE(str(tmp_path)).encode(x)[1], (raw - 0.25) * 0.5) < 1e-5
 
-def same(a, b):
-    """Are two trees of dicts, tensors and plain values equal?"""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
-
-def test_checkpoints_are_safetensors_files_both_ways(tiny_files, tmp_path):
-    library, state = pytest.importorskip("safetensors.torch"), G.load_checkpoint(tiny_files["t2v"])
-    vae, ema = (dict(sorted(w.items())) for w in (state["vae"]["weights"], state["ema"]))
-    state = dict(sorted(state.items())) | {"ema": ema, "vae": state["vae"] | {"weights": vae}}
-    G.save_checkpoint(tmp_path / "a", state)
-    theirs = library.load_file(tmp_path / "a")
-    assert same(theirs, {f"ema/{n}": x for n, x in ema.items()}
-                | {f"vae/weights/{n}": x for n, x in vae.items()})
-    library.save_file(theirs, tmp_path / "b", pieces(tmp_path / "a")[0]["__metadata__"])
-    assert same(G.load_checkpoint(tmp_path / "b"), state)
-
 # ==== 3. Diffusion ================================================================================
 
 KINDS = [(kind, objective, shift) for kind, objectives in G.OBJECTIVES.items()
@@ -550,9 +600,8 @@ def test_what_cannot_work_is_refused_with_the_reason():
                             ("linear", "flow"), ("cosine", "flow"), ("sigmoid", "v")):
         with pytest.raises(ValueError, match="cannot work: z0 is lost at high noise; try linear"):
             G.NoiseSchedule(kind, objective)
-    for bad in (dict(depth=0), dict(depth=513), dict(width=30), dict(width=24, heads=4),
-                dict(heads=True), dict(grid=(4,)), dict(qk_norm=1), dict(conditioning="film"),
-                dict(text_dims=(0,))):
+    for bad in (dict(depth=0), dict(depth=513), dict(width=24, heads=4), dict(heads=True), dict(
+            grid=(4,)), dict(qk_norm=1), dict(conditioning="film"), dict(text_dims=(0,))):
         with pytest.raises(ValueError):
             G.GenTronConfig(**bad)
 
@@ -576,23 +625,20 @@ def test_training_timesteps_and_more_noise_for_more_frames(kind, objective, shif
     mixed = draw(torch.tensor([1, 8]).repeat(n // 2))       # a number for each item
     assert torch.equal(mixed, torch.where(torch.arange(n) % 2 == 0, one, eight))
 
-def test_randomness_is_a_function_of_seed_and_step_and_can_be_sliced():
-    schedule, shape = G.NoiseSchedule("cosine", "v"), (8, 2, 1, 2, 2)
-    draw = lambda seed, step: vars(G.randomness(seed, step, shape, schedule, 0.3, 0.4, 0.5))
-    first = draw(3, 17)
-    torch.rand(7)                                           # no other generator has a part in it
-    assert same(draw(3, 17), first)
-    for other in (draw(3, 18), draw(4, 17), draw(4, 16)):
-        assert not any(torch.equal(other[name], first[name]) for name in ("noise", "t"))
-    a, b = (vars(G.Draws(**first)[part]) for part in (slice(0, 3), slice(3, 8)))
-    assert same({name: torch.cat([a[name], b[name]]) for name in a}, first)
-
-def test_drops_are_as_asked_and_a_still_loses_its_caption_more_often():
+def test_draws_are_those_of_seed_and_step_and_a_still_loses_its_caption_more_often():
     """Motion-free guidance needs e(null, off): without coupling 1 % of the items would train it."""
     n, schedule = 40_000, G.NoiseSchedule("cosine", "v")
     draw = lambda *p, frames=4: G.randomness(3, 1, (n, frames, 1, 1, 1), schedule, *p)
     near = lambda mask, p: abs(mask.float().mean() - p) < 4 * math.sqrt(p * (1 - p) / len(mask))
     d, none, much = draw(0.1, 0.25, 0.2), draw(0.0, 0.25), draw(0.5, 0.25)
+    torch.rand(7)                                           # no other generator has a part in it
+    again, parts = draw(0.1, 0.25, 0.2), [d[part] for part in (slice(0, 3), slice(3, n))]
+    for name, drawn in vars(d).items():                     # a function of seed and step, in slices
+        assert torch.equal(getattr(again, name), drawn)
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), drawn)
+    for seed, step in ((3, 2), (4, 1), (4, 0)):
+        other = G.randomness(seed, step, (n, 4, 1, 1, 1), schedule)
+        assert not torch.equal(other.noise, d.noise) and not torch.equal(other.t, d.t)
     still, clip = d.still, ~d.still
     assert near(still, 0.25) and near(d.drop_text[still], 0.3) and near(d.drop_text[clip], 0.1)
     assert near(d.given[clip], 0.2) and not d.given[still].any() and near(much.drop_text, 0.5)
@@ -700,12 +746,12 @@ def test_in_bf16_the_network_is_bf16_and_the_sum_of_guidance_is_not():
     assert out.dtype == torch.bfloat16 and got.dtype == torch.float32
     assert largest(got.double(), 7.5 * e[0] - 6.2 * e[1] - 0.3 * e[2]) < 1e-5
 
-# ==== 5. The autoencoder, and a picture from a prompt =============================================
+# ==== 5. The autoencoder and the files ============================================================
 
 def test_the_autoencoder_keeps_frames_apart_and_normalises_its_latents():
     torch.manual_seed(0)
-    vae, x, normal = G.VAE(16, kl=100).eval(), torch.randn(3, 2, 3, 32, 48), torch.distributions.Normal
-    (raw, logvar), noises = vae.posterior(x), torch.randn(3, 2, 16, 4, 6)
+    vae, x, noises = G.VAE(16, kl=100).eval(), torch.randn(3, 2, 3, 32, 48), noise(3, 2, 16, 4, 6)
+    normal, (raw, logvar) = torch.distributions.Normal, vae.posterior(x)
     decoded = lambda z: vae.decoder(z.flatten(0, 1)).unflatten(0, (3, 2))
     vae.mean.copy_(torch.rand(16, 1, 1)), vae.std.copy_(torch.rand(16, 1, 1) + 0.5)
     z = vae.encode(x)
@@ -721,93 +767,9 @@ def test_the_autoencoder_keeps_frames_apart_and_normalises_its_latents():
     assert np.array_equal(G.to_uint8(G.to_float(pictures)), pictures)
     assert G.to_uint8(odd).ravel().tolist() == [0, 255, 128]
 
-@pytest.fixture(scope="module")
-def drawer(tiny_files):
-    """drawer(stage, prompts, seeds, ...) -> a tiny model's uint8 pictures, and its last latents."""
-    states = {stage: G.load_checkpoint(tiny_files[stage]) for stage in ("t2i", "t2v")}
-    parts = {stage: (G.build_net(state), G.build_vae(state)) for stage, state in states.items()}
-
-    def draw(stage, prompts, seeds, **more):
-        (net, vae), last = parts[stage], [None]
-        more = dict(size=(32, 32), frames=3 if stage == "t2v" else 1, steps=6) | more
-        return G.generate(net.model, net.text, vae, net.schedule, prompts, seeds,
-                          on_step=lambda t, z, z0: last.append(z), **more), last[-1]
-    draw.parts = parts
-    return draw
-
-def near(a, b, by=1):
-    """Equal up to the rounding of another batch size."""
-    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= by
-
-@pytest.mark.parametrize("stage,sampler", [("t2i", "ddpm"), ("t2v", "ddpm"), ("t2v", "dpm++")])
-def test_an_item_depends_on_its_prompt_and_seed_alone(drawer, stage, sampler):
-    prompts, seeds = ["a red circle", "a blue star left of a ring", "two pink rings"], [5, 6, 7]
-    draw = partial(drawer, stage, sampler=sampler, motion_scale=1.2)
-    together = draw(prompts, seeds)[0]
-    assert together.shape == (3, 3 if stage == "t2v" else 1, 32, 32, 3) and together.std() > 10
-    for order in ([0], [2], [2, 0, 1]):
-        again = draw([prompts[i] for i in order], [seeds[i] for i in order])[0]
-        assert near(again, together[order])
-    assert not near(draw(prompts[:1], [6])[0], together[:1], 3)            # either one matters
-    assert not near(draw(prompts[1:2], [5])[0], together[:1], 3)
-
-def test_a_negative_prompt_takes_the_place_of_the_null_text(drawer):
-    draw = partial(drawer, "t2v", ["a red circle"], [3])
-    plain = draw(cfg=6.0)[0]
-    assert np.array_equal(draw(cfg=6.0, negative="")[0], plain)
-    assert not near(draw(cfg=6.0, negative="red")[0], plain, 3)
-    # With the prompt itself as negative, guidance has nothing to add
-    assert near(draw(cfg=6.0, negative="a red circle")[0], draw(cfg=1.0)[0], 2)
-
-@pytest.mark.parametrize("sampler", G.SAMPLERS)
-def test_starting_from_a_picture(drawer, sampler):
-    """SDEdit: strength 0 is the picture, 1 is no picture. Inpainting: white is drawn anew, black is
-    kept to the last bit; the network sees it with the noise of each step."""
-    image, (net, vae), seen = noise(1, 1, 4, 4, 4, seed=8), drawer.parts["t2i"], []
-    draw = partial(drawer, "t2i", ["a red circle", "a blue star"], [3, 4], sampler=sampler)
-    given = lambda strength=1.0, mask=None: draw(given=G.Given(image, strength, mask))
-    plain, start = draw()[0], torch.stack([noise(1, 4, 4, 4, seed=seed) for seed in (3, 4)])
-    assert near(given(0.0)[0], np.repeat(G.to_uint8(vae.decode(image)), 2, 0))
-    assert all(np.array_equal(given(1, mask)[0], plain) for mask in (None, torch.ones(4, 4)))
-    assert torch.equal(given(1, torch.zeros(4, 4))[1], image.expand(2, -1, -1, -1, -1))
-    far = [(given(strength)[1] - image).abs().mean() for strength in (0.2, 0.5, 1.0)]
-    assert far[0] < far[1] < far[2]
-    hook = net.model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[:2]))
-    z = given(0.5, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4))[1] - image
-    hook.remove()
-    assert not z[..., :2].any() and z[..., 2:].abs().max() > 0.1
-    assert [int(t[0]) for _, t in seen] == net.schedule.timesteps(6)[3:]
-    for z, t in seen:
-        assert largest(z[:2, ..., :2], net.schedule.q_sample(image, t[:1], start)[..., :2]) < 1e-6
-
-def test_a_given_first_frame_is_kept_and_seen_by_the_network(drawer):
-    (net, vae), image, seen = drawer.parts["t2v"], noise(1, 1, 4, 4, 4, seed=8), []
-    draw = partial(drawer, "t2v", ["a red star", "a ring growing"], [3, 4], motion_scale=1.2)
-    hook = net.model.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
-    clip, z = draw(given=G.Given(image, first_frame=True))
-    hook.remove()
-    assert len(seen) == 6 and all(torch.equal(x[:, :1], image.expand_as(x[:, :1])) for x in seen)
-    assert near(clip[:, :1], np.repeat(G.to_uint8(vae.decode(image)), 2, 0))
-    assert largest(z[:, 1:], draw()[1][:, 1:]) > 1e-3       # the other frames follow it
-
-# ==== 6. Checkpoints ==============================================================================
-
-def pieces(path):
-    """A safetensors file -> header (dict), raw numbers (bytes)."""
-    content = Path(path).read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8:8 + length]), content[8 + length:]
-
-def rejected(path):
-    """The one line with which a checkpoint is refused, when it is read or when it is built."""
-    with pytest.raises(ValueError) as error:
-        state = G.load_checkpoint(path)
-        G.build_vae(state), G.build_net(state)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
-    return str(error.value)
-
-def test_what_is_saved_is_loaded_and_what_does_not_fit_is_refused(tmp_path):
-    path, state = tmp_path / "a", random_state("t2v", flags={"lr": 0.1, "é": [None, "红\ud800"]})
+def test_what_is_saved_is_loaded_here_and_by_the_safetensors_library(tmp_path):
+    library, path = pytest.importorskip("safetensors.torch"), tmp_path / "a"
+    state = random_state("t2v", flags={"lr": 0.1, "é": [None, "红\ud800"]})
     state["ema"] = {name: x.half() for name, x in state["ema"].items()}
     state["weights"] = {name: x.bfloat16() for name, x in random_state("t2v", 4)["ema"].items()}
     state["optimizer"] = {"step": torch.tensor(7.0), "exp_avg": {"a": noise(3, 2).T}}
@@ -817,87 +779,32 @@ def test_what_is_saved_is_loaded_and_what_does_not_fit_is_refused(tmp_path):
         net = G.build_net(G.load_checkpoint(path), kind)
         assert same(dict(net.state_dict()), {n: x.float() for n, x in state[kind].items()})
         assert not net.training and net.model.cfg.temporal and net.schedule.kind == "cosine"
-    for state, kind in ((random_state("t2i"), "weights"), (random_state("vae"), "ema")):
+    theirs = library.load_file(path)
+    assert same({n[4:]: x for n, x in theirs.items() if n.startswith("ema/")}, state["ema"])
+    # The library sorts tensors by their size of a number and name, and keeps our facts
+    with library.safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["gentron"])
+    library.save_file(theirs, path, {"gentron": json.dumps(facts | {"crc32": zlib.crc32(b"")})})
+    with pytest.raises(ValueError, match="checksum"):
+        G.load_checkpoint(path)
+    data = path.read_bytes()
+    facts["crc32"] = zlib.crc32(data[8 + int.from_bytes(data[:8], "little"):])
+    library.save_file(theirs, path, {"gentron": json.dumps(facts)})
+    assert same(G.load_checkpoint(path), state)
+
+def test_weights_that_do_not_fit_are_refused_and_what_a_file_lacks_has_its_default():
+    for stage, kind in (("t2i", "weights"), ("vae", "ema")):
         with pytest.raises(ValueError, match="holds no (raw|EMA) weights"):
-            G.build_net(state, kind)
+            G.build_net(random_state(stage), kind)
     for change in (lambda w: w.pop("model.patch.weight"), lambda w: w.update(more=torch.ones(1)),
                    lambda w: w.update({"model.final.bias": torch.ones(3)})):
-        state = random_state("t2i")
-        change(state["ema"]), G.save_checkpoint(path, state)
-        assert "does not fit" in rejected(path)
-    state = random_state("t2i")                             # what a file lacks has its default
+        change((state := random_state("t2i"))["ema"])
+        with pytest.raises(ValueError, match="does not fit"):
+            G.build_net(state)
+    state = random_state("t2i")
     del state["config"]["qk_norm"], state["config"]["grid"], state["schedule"]["shift"]
     net = G.build_net(state)
     assert (net.model.cfg.qk_norm, net.model.cfg.grid, net.schedule.shift) == (False, (), 0.0)
-
-def test_a_flipped_bit_in_the_numbers_is_found(tiny_files, tmp_path):
-    content, path = bytearray(tiny_files["t2i"].read_bytes()), tmp_path / "a.safetensors"
-    whole, length = G.load_checkpoint(tiny_files["t2i"]), 8 + int.from_bytes(content[:8], "little")
-    rng, end = np.random.default_rng(0), len(content)
-    for place in [*range(8), *rng.integers(length, end, 60), end - 1]:
-        flipped = content.copy()
-        flipped[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(flipped)
-        with contextlib.suppress(ValueError):               # a change without meaning may pass
-            assert same(G.load_checkpoint(path), whole) and place < length, place
-    for changed in (content[:7], content[:1000], content[:length], content[:-1], content + b"\0"):
-        path.write_bytes(changed)
-        assert path.name in rejected(path)
-
-def test_a_hostile_header_is_refused(tmp_path):
-    G.save_checkpoint(tmp_path / "a", random_state("t2i", spare=torch.ones(())))
-    whole, body = pieces(tmp_path / "a")
-    a, b = "vae/weights/mean", "vae/weights/std"            # the first two tensors: F32, (4, 1, 1)
-    lies = [{a: whole[a] | {key: value}} for key, value in (
-        *(("data_offsets", x) for x in ([0, 12], [8, 16], [0, 2 ** 40], [-16, 0], "ab", [0, 20])),
-        *(("dtype", x) for x in ("F16", "I64", [1], None)), ("shape", [-4, -1, 1]), ("shape", [0]),
-        ("shape", [2 ** 62] * 2), ("shape", [1, 4, 1, 1]), ("shape", [4.0, 1, 1]), ("shape", 4))]
-    lies += [{b: whole[a]}, {a: None}, {"__metadata__": {"format": "pt"}}]              # overlap
-    lies += [{name: whole["spare"]} for name in ("size", "stage/x", "schedule/shift", "text")]
-    for lie in lies:                       # the last: a tensor in place of a fact
-        header = whole.copy()
-        if whole["spare"] in lie.values():
-            del header["spare"]
-        text = json.dumps(header | lie).encode()
-        (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + body)
-        assert rejected(tmp_path / "a"), lie
-
-def test_hostile_facts_are_refused_when_read_or_built():
-    """Each entry in turn holds each of these values. Nothing is allocated before they fit."""
-    odd = [None, True, -1, 0, 1.5, 10 ** 9, 10 ** 12, math.nan, "small+" * 99, [], [1], ["x"],
-           [10 ** 9] * 2, {}, {"novel": 1}, {"model.final.bias": "x"}]
-    facts, built, lines = random_state("t2i"), 0, []
-    tensors = {"ema": facts.pop("ema"), "weights": facts["vae"].pop("weights")}
-    places = [(name,) for name in facts] + [
-        (part, key) for part in ("vae", "config", "text", "schedule")
-        for key in [*facts[part], "name", "steps", "weights"]] + [("ema",)]
-    for (part, *key), value in itertools.product(places, odd):
-        bad = facts | {part: facts[part] | {key[0]: value} if key else value}
-        with contextlib.suppress(Exception):                # load_checkpoint makes one line of it
-            G.check_facts(bad)
-            built += 1
-            bad = {"ema": tensors["ema"]} | bad
-            bad["vae"] = {"weights": tensors["weights"]} | bad["vae"]
-            try:
-                G.build_vae(bad), G.build_net(bad)
-            except ValueError as error:
-                lines.append(str(error))
-            except Exception as error:  # noqa: BLE001 - nobody makes one line of this
-                lines.append(f"\n{part} {key} {value!r:.50}: {error!r}")
-    assert 50 < len(lines) < built and not any("\n" in line for line in lines), lines
-
-def test_other_files_are_refused_in_one_line_and_cannot_hang(tmp_path):
-    path, deep = tmp_path / "a.safetensors", b'{"__metadata__": {"gentron": ' + b"[" * 100_000
-    for content in (b"", b"hello", b"\xff" * 100, (2 ** 63).to_bytes(8, "little") + b"{}",
-                    (2 ** 20).to_bytes(8, "little") + b"{}", b"\2" + bytes(7) + b"{}",
-                    b"\2" + bytes(7) + b"[]", len(deep).to_bytes(8, "little") + deep):
-        path.write_bytes(content)
-        assert path.name in rejected(path)
-    torch.save({"weights": torch.zeros(3)}, path)
-    assert "it is a .pt file" in rejected(path)
-    assert "does not exist" in rejected(tmp_path / "none") and rejected(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    assert "no regular file" in rejected(tmp_path / "pipe")
 
 def test_save_refuses_what_load_would_refuse_and_the_old_file_stays(tmp_path):
     path = tmp_path / "a"
@@ -910,24 +817,30 @@ def test_save_refuses_what_load_would_refuse_and_the_old_file_stays(tmp_path):
             G.save_checkpoint(path, random_state("t2i") | {entry: value})
         assert path.read_bytes() == before and os.listdir(tmp_path) == ["a"]
 
-@pytest.mark.skipif(resource is None, reason="no such limits here")
-def test_on_a_full_disk_the_old_checkpoint_stays(tmp_path, monkeypatch):
-    path, steps = tmp_path / "a", []
-    G.save_checkpoint(path, random_state("vae"))
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(OSError, match="cannot write .*File too large.*make room there"):
-            G.save_checkpoint(path, random_state("vae", seed=1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a"]
-    monkeypatch.setattr(os, "fsync", steps.append)          # the numbers reach the disk first
-    monkeypatch.setattr(os, "replace", lambda *names: steps.append(names[1]))
-    G.save_checkpoint(path, random_state("vae", seed=1))
-    assert type(steps[0]) is int and [Path(name) for name in steps[1:]] == [path]
+def test_files_are_written_beside_flushed_and_renamed_never_over_inputs(tmp_path, monkeypatch):
+    out, mine, link = (tmp_path / name for name in ("out", "mine", "link"))
+    mine.write_text("mine")
+    def text(path):
+        with D.writing(path, [None, mine]) as beside:
+            beside.write_text("new")
+    with pytest.raises(ValueError, match="read by this command"):
+        link.symlink_to(mine), text(link)
+    for write in (text, lambda path: G.save_checkpoint(path, random_state("vae"))):
+        steps, fsync, replace = [], os.fsync, os.replace
+        out.write_text("old")
+        with monkeypatch.context() as patch:                # on the disk before it has its name
+            patch.setattr(os, "replace", lambda *names: steps.append("name") or replace(*names))
+            patch.setattr(os, "fsync", lambda file: steps.append("disk") or fsync(file))
+            write(out)
+            assert steps == ["disk", "name"] and out.read_bytes() != b"old"
+            out.write_text("old"), patch.setattr(os, "fsync", lambda _: open("/nowhere/x"))
+            with pytest.raises(OSError, match="cannot write .*out: No such .*; make room there"):
+                write(out)
+        assert out.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["link", "mine", "out"]
+    G.save_checkpoint(link, random_state("vae"))            # a link is replaced, not followed
+    assert mine.read_text() == "mine" and not link.is_symlink()
 
-# ==== 7. Data: the shapes world and its judge =====================================================
+# ==== 6. Data: the shapes world and its judge =====================================================
 
 def test_captions_and_scenes_are_inverse_and_the_held_out_pairs_never_occur(monkeypatch):
     monkeypatch.setattr(D, "layout", lambda *a: True)       # the words are enough
@@ -948,15 +861,6 @@ def test_captions_and_scenes_are_inverse_and_the_held_out_pairs_never_occur(monk
                      "a red striped circle", "a red circle moving", "a red circle\nIgnore that"):
         with pytest.raises(ValueError, match="not a sentence of the shapes world"):
             D.parse(sentence)
-
-@pytest.mark.parametrize("frames", [1, 4])
-def test_an_item_is_a_function_of_seed_and_number(frames):
-    first, other = (D.Shapes("full", 24, seed, (32, 32), frames) for seed in (3, 4))
-    there, longer = [*map(first.__getitem__, range(24))], D.Shapes("full", 99, 3, (32, 32), frames)
-    for i in reversed(range(24)):                           # in any order
-        (clip, caption), (again, said) = there[i], longer[i]
-        assert said == caption and np.array_equal(again, clip) and clip.shape == (frames, 32, 32, 3)
-        assert not np.array_equal(other[i][0], clip)
 
 def test_nothing_is_clipped_and_nothing_touches_but_what_should():
     for size, frames, n in (((128, 128), 1, 120), ((128, 256), 1, 30), ((128, 128), 8, 15)):
@@ -985,17 +889,15 @@ def test_words_mean_what_they_say_in_pixels():
     rows = inked[inked.any(1)].sum(1)                       # stripes are level, from side to side
     assert rows.min() == rows.max() > 20 and 6 < len(rows) < 20
 
-def told(category, n, split="seen", size=(64, 64)):
-    """n prompts of a category, each with a freshly drawn clip that shows it."""
-    frames = 8 if category in D.CLIP_CATEGORIES else 1
-    return [(D.truth(c, 7, size, frames), c) for c in D.prompts(category, n, split)]
-
 @pytest.mark.parametrize("n", [10, pytest.param(150, marks=slow)])
 @pytest.mark.parametrize("split", ["seen", "unseen"])
 @pytest.mark.parametrize("category", D.SCORED_ON)
 def test_the_judge_is_right_on_truth(category, split, n):
-    verdicts = [(D.judge(clip, caption), caption) for clip, caption in told(category, n, split)]
-    wrong = [(c, v.reasons) for v, c in verdicts if not v or v.reasons or not D.passed(v, category)]
+    frames = 8 if category in D.CLIP_CATEGORIES else 1
+    asked = D.prompts(category, n, split)
+    verdicts = [D.judge(D.truth(caption, 7, (64, 64), frames), caption) for caption in asked]
+    wrong = [(caption, v.reasons) for v, caption in zip(verdicts, asked)
+             if not v or v.reasons or not D.passed(v, category)]
     assert len(wrong) <= 0.01 * n, wrong[:3]
 
 def swapped(scene, kind):
@@ -1029,37 +931,35 @@ def test_the_judge_is_not_fooled_by_swapped_captions(kind, n):
             fooled += [caption] if D.judge(D.draw(scene, frames=frames), caption) else []
     assert len(fooled) <= 0.02 * n, fooled[:3]
 
-@pytest.mark.parametrize("shown,asked,part,reason", [
-    ("red ring", "blue ring", "color", "no blue ring"),
-    ("red ring", "red square", "shape", "the red object is a ring, not a square"),
-    ("red ring and a cyan cross", "red ring", "count", "an extra cyan cross"),
-    ("red ring and two pink stars", "red ring and a pink star", "count", "2 pink stars, not 1"),
-    ("striped red ring", "dotted red ring", "texture", "the red ring is not dotted"),
-    ("striped red ring", "red ring", "texture", "the red ring is striped"),
-    ("red ring", "large red ring", "size", "the red ring is not large"),
-    ("red ring", "small red ring", "size", "the red ring is not small"),
-    ("red ring left of a cyan star", "red ring right of a cyan star", "relation",
-     "the ring is left of the star"),
-    ("red ring inside a blue ring", "blue ring inside a red ring", "relation",
-     "the blue ring is not inside the red ring"),
-    ("red ring", "red ring moving left", "motion", "one frame shows no motion")])
+@pytest.mark.parametrize("shown,asked,part,reason", [row.split(" | ") for row in """
+red ring | blue ring | color | no blue ring
+red ring | red square | shape | the red object is a ring, not a square
+red ring and a cyan cross | red ring | count | an extra cyan cross
+red ring and two pink stars | red ring and a pink star | count | 2 pink stars, not 1
+striped red ring | dotted red ring | texture | the red ring is not dotted
+striped red ring | red ring | texture | the red ring is striped
+red ring | large red ring | size | the red ring is not large
+red ring | small red ring | size | the red ring is not small
+red ring left of a cyan star | red ring right of a cyan star | relation | the ring is left of
+red ring inside a blue ring | blue ring inside a red ring | relation | is not inside the red ring
+red ring | red ring moving left | motion | one frame shows no motion""".strip().split("\n")])
 def test_verdicts_name_the_fault(shown, asked, part, reason):
     clip = D.truth(f"a {shown}")
     right, verdict = D.judge(clip, f"a {shown}"), D.judge(clip[0], f"a {asked}")
     assert right and all(right.parts.values())
-    assert not verdict and reason in verdict.reasons and not verdict.parts[part]
+    assert not verdict and not verdict.parts[part]
+    assert any(reason in line for line in verdict.reasons), verdict.reasons
 
 def test_blank_noise_ghosts_and_ink_without_a_pattern_are_wrong():
-    blank, rng = np.full((1, 64, 64, 3), D.GROUND, np.uint8), np.random.default_rng(0)
+    blank, rng = np.full((4, 64, 64, 3), D.GROUND, np.uint8), np.random.default_rng(0)
     static = rng.integers(0, 256, blank.shape, dtype=np.uint8)
     for category, clip in itertools.product(D.SCORED_ON, (blank, static)):
-        verdict = D.judge(clip.repeat(4, 0), D.prompts(category, 1)[0])
-        assert not verdict and not D.passed(verdict, category)
+        assert not D.passed(D.judge(clip, D.prompts(category, 1)[0]), category)
     for seed in range(9):                                   # a second object, faded to a third
         both = D.truth("a red circle above a blue star", seed)[0].astype(float)
         star = abs(both - D.COLORS["red"]).sum(-1, keepdims=True) > 150
         faded = np.where(star, 0.65 * np.array(D.GROUND) + 0.35 * both, both).astype(np.uint8)
-        assert not D.judge(faded, "a red circle").parts["count"]
+        assert not D.judge(faded, RED).parts["count"]
     for texture in D.TEXTURES:
         frame = D.truth(f"a large {texture} red square")[0]
         inside = (abs(frame.astype(int) - D.GROUND) > 60).any(-1)
@@ -1067,13 +967,12 @@ def test_blank_noise_ghosts_and_ink_without_a_pattern_are_wrong():
         assert not D.judge(frame, f"a large {texture} red square").parts["texture"]
     for wrong in (static.astype(np.float32), static[0, 0], static[None]):
         with pytest.raises(ValueError, match="judge wants uint8"):
-            D.judge(wrong, "a red circle")
+            D.judge(wrong, RED)
 
 def test_the_thresholds_of_motion_and_stillness_bite():
     """Still means within 0.04 of the mean place; a motion means 0.15 at least, within 34 degrees of
     its axis; growth means 1.4 times the radius. What lies between is neither."""
     u, ahead = np.linspace(-0.5, 0.5, 8)[:, None], np.array([(0, 0), (1, 0), (-1, 0), (0, 0)] * 2)
-
     def read(places, radii=0.16):                           # what the judge says of such a circle
         tracks = np.hstack([places + np.zeros((8, 2)), radii + np.zeros((8, 1))])
         scene = lambda track: D.Scene([D.Thing("red", "circle")], tracks=np.array([[track] * 2]))
@@ -1125,29 +1024,15 @@ def test_the_benchmarks_prompts_are_fixed_and_come_in_swap_pairs():
             clip = D.truth(shown, 1, frames=8 if category in D.CLIP_CATEGORIES else 1)
             assert not D.passed(D.judge(clip, other), category) or category == "identity", shown
     code = "import data as D; print([D.prompts(c, 20) for c in [*D.SCORED_ON][::-1]])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                         env=dict(os.environ, PYTHONHASHSEED="77"), check=True).stdout
+    out = subprocess.check_output([sys.executable, "-c", code], env=ALONE, text=True)
     assert out.strip() == str([D.prompts(c, 20) for c in [*D.SCORED_ON][::-1]])
 
-# ==== 8. Data: folders, the cache, sheets =========================================================
+# ==== 7. Data: folders, held-out items, sheets ====================================================
 
 SCARLET, LIME, NAVY, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-INKS = [(220, 30, 30), (30, 200, 60), (40, 60, 220), (230, 210, 40), (150, 40, 190), (30, 30, 30)]
 
 def alike(pixel, color, by=25):
     return np.abs(np.asarray(pixel, int) - np.asarray(color, int)).max() <= by
-
-def one(color, size=(40, 40), mode="RGB"):
-    """A picture of one colour, or of the k-th of INKS."""
-    return Image.new(mode, size, INKS[color] if type(color) is int and mode == "RGB" else color)
-
-def put(path, image, caption=None, **save):
-    """Saves a picture and, beside it, its caption."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **save)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    return path
 
 def which(clip):
     """Which of INKS each frame's middle shows."""
@@ -1161,8 +1046,7 @@ def test_pictures_are_turned_as_exif_says_and_cropped_to_their_middle(tmp_path, 
         image.paste(color, (x, y, x + 40, y + 20))
     corners = [SCARLET, SCARLET, LIME, WHITE, NAVY, SCARLET, NAVY, WHITE, LIME, SCARLET]
     for orientation, corner in enumerate(corners):          # 0 and 9 mean nothing
-        exif = Image.Exif()
-        exif[0x0112] = orientation
+        (exif := Image.Exif())[0x0112] = orientation
         path = put(tmp_path / "a.jpg", image, exif=exif, quality=95, subsampling=0)
         upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         got, want = D.fit(path, size), ImageOps.fit(upright, size[::-1], Image.LANCZOS)
@@ -1173,17 +1057,18 @@ def test_a_folder_of_pictures_as_users_have_them(tmp_path):
     half, square = one((0, 0, 0, 0), mode="RGBA"), one(SCARLET)
     half.paste((*SCARLET, 255), (20, 0, 40, 40))
     deep = lambda v: Image.fromarray(np.full((30, 30), v, np.uint16))
-    wanted = {                                              # name: picture, its colour
+    wanted = {                                              # name: picture, colour left and right
         "cmyk.jpg": (one((200, 30, 40)).convert("CMYK"), (200, 30, 40)),
         "deep.png": (deep(50000), (195,) * 3), "dark.png": (deep(200), (1,) * 3),
         "grey.jpg": (one(77, mode="L"), (77,) * 3), "bits.png": (one(1, mode="1"), WHITE),
         "strip.png": (one(LIME, (6000, 10)), LIME), "dot.png": (one(NAVY, (1, 1)), NAVY),
-        "greyalpha.png": (one((10, 0), mode="LA"), WHITE), "alpha.png": (half, None),
-        "clear.png": (half.quantize(8), None), "UPPER.JPEG": (square, SCARLET),
+        "greyalpha.png": (one((10, 0), mode="LA"), WHITE), "alpha.png": (half, WHITE, SCARLET),
+        "clear.png": (half.quantize(8), WHITE, SCARLET), "UPPER.JPEG": (square, SCARLET),
         "empty.png": (square, SCARLET), "long.webp": (square, SCARLET)}
-    said = {"empty.png": "", "long.webp": "红 " * 750, "dot.png": "\ufeffmark\r\n two \x1b[31m"}
-    for name, (image, _) in wanted.items():
-        put(tmp_path / name, image, said.get(name, f" a\n {name} "))
+    words = {"empty.png": "", "long.webp": "红 " * 750, "dot.png": "\ufeffmark\r\n two \x1b[31m"}
+    said = {"empty.png": "", "long.webp": "红 " * 499 + "红 ", "dot.png": "mark two ?[31m"}
+    for name, (image, *_) in wanted.items():
+        put(tmp_path / name, image, words.get(name, f" a\n {name} "))
     bad = ("lonely.png", "liar.png", "void.png", "latin.png", "cut.jpg")   # what nobody can use
     for name in (*bad, ".hidden.png"):
         put(tmp_path / name, square, None if name == "lonely.png" else "x")
@@ -1192,20 +1077,14 @@ def test_a_folder_of_pictures_as_users_have_them(tmp_path):
     folder = D.Folder(tmp_path, (32, 48))
     got = {file.name: folder[k] for k, (file, _) in enumerate(folder.items)}
     why, report = dict(folder.skipped), "\n".join(folder.report())
-    assert got.keys() == wanted.keys()
-    for name, (_, color) in wanted.items():                 # None: its left is transparent, white
+    assert got.keys() == wanted.keys() and set(why) == {*bad} and why["lonely.png"] == "no caption"
+    for name, (_, *colors) in wanted.items():
         clip, caption = got[name]
         assert clip.shape == (1, 32, 48, 3) and clip.dtype == np.uint8
-        left, right = clip[0, 16, [4, 44]]
-        assert alike(left, color or WHITE) and alike(right, color or SCARLET), name
-        said.setdefault(name, f"a {name}")
-        assert caption == " ".join(said[name].split())[:1000] or name == "dot.png"
-    assert got["dot.png"][1] == "mark two ?[31m" and "13 pictures, 32x48" in report
-    assert set(why) == {*bad} and "1 without words" in report and why["lonely.png"] == "no caption"
+        assert alike(clip[0, 16, 4], colors[0]) and alike(clip[0, 16, 44], colors[-1]), name
+        assert caption == said.get(name, f"a {name}"), name
+    assert "13 pictures, 32x48" in report and "1 without words" in report
     assert all(f"skipped {file}: {reason}" in report for file, reason in why.items())
-    first = folder.fingerprint()
-    (tmp_path / "empty.txt").write_text("now with words")
-    assert folder.fingerprint() == first != D.Folder(tmp_path, (32, 48)).fingerprint()
 
 def test_links_out_of_the_folder_pipes_and_hostile_files_are_skipped(tmp_path, monkeypatch):
     root, frame = tmp_path / "mine", b"\x21\xf9\4\0\1\0\0\0\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
@@ -1255,9 +1134,6 @@ def test_class_folders_frames_in_folders_and_what_is_no_data(tmp_path, monkeypat
     assert clips.captions == ["it", "they walk"] and which(clips[1][0]) == [3, 4, 4, 4]
     assert "--image-data" in dict(clips.skipped)["picture.png"]
     assert "pip install -e '.[video]'" in dict(clips.skipped)["b.mp4"]
-    for path in ("none", "stray.png"):
-        with pytest.raises(ValueError, match="folder of pictures"):
-            D.Folder(tmp_path / path)
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_clips_are_read_by_the_files_own_clock(tmp_path, suffix):
@@ -1268,191 +1144,20 @@ def test_clips_are_read_by_the_files_own_clock(tmp_path, suffix):
     assert take(4, 4) == [0, 1, 3, 3] and take(5, 10) == [0, 1, 1, 1, 2]
     assert take(8, 2) == [0] + [3] * 7 and take(1, 4) == [0]               # the last one is held
 
-@pytest.mark.parametrize("fps", [4, 15, 30])
-def test_films_of_ours_read_back_frame_by_frame_at_their_speed(tmp_path, fps):
-    pytest.importorskip("av")
-    clip, _ = D.Shapes("full", 2, 1, frames=30)[1]
-    clip[10:14] = clip[10]                                  # a pause: a GIF stores one frame
-    for save, name in ((D.save_gif, "a/a.gif"), (D.save_mp4, "b/b.mp4")):
-        os.mkdir((tmp_path / name).parent)
-        save(tmp_path / name, [Image.fromarray(frame) for frame in clip], fps)
-        back = D.Folder((tmp_path / name).parent, (64, 64), 30, fps)[0][0]
-        assert abs(back - clip.astype(float)).mean() < 5, name
-    image = Image.open(tmp_path / "a" / "a.gif")
-    total = sum(frame.info["duration"] for frame in ImageSequence.Iterator(image))
-    assert image.info["loop"] == 0 and abs(total - 30_000 / fps) <= 10
-
-@pytest.fixture
-def cache(tmp_path):
-    """A cache of 7 clips in two parts, with two text encoders: its folder, its latents, its
-    captions, the features of captions, and fill(part), which writes what a part lacks."""
-    latents = noise(7, 2, 4, 3, 3).numpy().astype(np.float16)
-    captions = ["a", "b", "a", "", "c", "b", "a red circle"]
-    index = dict(format=D.CACHE_FORMAT, items=7, shape=[2, 4, 3, 3], size=[24, 24], frames=2, fps=4,
-                 labels=[], vocabulary=["a"], fingerprint="f", text="t5", dims=[5, 3], parts=2)
-
-    def features(new):                     # tokens (1 + letters, 5), (1 + letters, 3), pooled (8,)
-        made = lambda text, wide: np.full((1 + len(text), wide), len(text) + wide, np.float16)
-        return [[made(text, wide) for text in new] for wide in (5, 3)], np.array(
-            [[len(text)] * 8 for text in new])
-
-    def fill(part, **more):
-        writer = D.CacheWriter(tmp_path / "cache", index | more, part)
-        for i in [*range(part, 7, 2)][writer.done:]:
-            writer.append(latents[i:i + 1], [captions[i]], features)
-    fill(0), fill(1)
-    return tmp_path / "cache", latents, captions, features, fill
-
-def test_what_a_cache_stores_it_gives_back_and_an_interrupted_one_goes_on(cache):
-    folder, latents, captions, features, fill = cache
-    whole, rng = {p.name: p.read_bytes() for p in folder.iterdir()}, np.random.default_rng(0)
-    for _ in range(25):                                     # killed anywhere: files are shorter
-        for name in rng.choice(sorted(whole.keys() - {"index.json"}), 3, replace=False):
-            (folder / name).write_bytes(whole[name][:int(rng.integers(len(whole[name])))])
-        with pytest.raises(ValueError, match="cache"):
-            D.Cache(folder)
-        fill(0), fill(1)
-        assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
-    data, places = D.Cache(folder, (24, 24), 2), [6, 0, 3, 3, 1]
-    got, said = data[places]
-    assert np.array_equal(got, latents[places]) and said == [captions[i] for i in places]
-    assert (data.captions, len(data), data.dims) == (captions, 7, (5, 3))
-    for caption in {*captions, ""}:
-        (tokens, pooled), (want, want_pooled) = data.text(caption), features([caption])
-        assert all(np.array_equal(x, y) for x, (y,) in zip(tokens, want)) and caption in data.where
-        assert np.array_equal(pooled, want_pooled[0])
-    for wrong in (((32, 24), 2), (None, 3)):
-        with pytest.raises(ValueError, match="another size"):
-            D.Cache(folder, *wrong)
-    with pytest.raises(ValueError, match="begun with another fingerprint"):
-        fill(0, fingerprint="g")
-
-def test_a_cache_that_lies_is_refused_in_one_line(cache):
-    folder, original = cache[0], {p.name: p.read_bytes() for p in cache[0].iterdir()}
-    lies = [("index.json", json.dumps({**json.loads(original["index.json"]), key: value}).encode())
-            for key, value in (
-        ("items", 10 ** 12), ("items", 0), ("items", 9), ("parts", 0), ("parts", 3), ("frames", 3),
-        ("parts", 10 ** 9), ("shape", [2, 4, 3]), ("shape", [2, 4, 3, -3]), ("size", 24),
-        ("shape", [2, 4, 30, 3]), ("labels", [1]), ("dims", ["5", 3]), ("fps", "4"), ("text", None),
-        ("vocabulary", None), ("fingerprint", 3), ("format", "gentron cache 1"))]
-    lies += [("captions.0.jsonl", b"[" * 10 ** 5), ("captions.1.jsonl", b"3\n"),
-             ("lengths.0.0.u32", b"\xff" * 20), ("tokens.1.1.f16", b""), ("pooled.0.f16", b"")]
-    for name, content in [*lies, *((name, None) for name in original)]:
-        (folder / name).rename(folder.parent / name)
-        if content is None:                                 # a link out of the folder
-            (folder / name).symlink_to(folder.parent / name)
-        else:
-            (folder / name).write_bytes(content)
-        with pytest.raises(ValueError) as error:
-            D.Cache(folder)
-        assert "\n" not in str(error.value) and len(str(error.value)) < 400, name
-        (folder.parent / name).replace(folder / name)
-    assert len(D.Cache(folder)) == 7
-
-def test_items_are_held_out_by_the_seed_alone(cache):
-    many = type("Many", (list,), {"captions": property(list)})(range(100))
-    (train, held), (_, again), (_, other) = (D.hold_out(many, seed) for seed in (3, 3, 4))
-    assert sorted([*train.captions, *held.captions]) == many and len(held) == 3
-    assert again.captions == held.captions != other.captions
-    view, none = D.hold_out(D.Cache(cache[0]), 3)           # seven are too few
-    assert (len(none), view.captions, view.size) == (0, cache[2], (24, 24))
-
-def test_sheets_and_the_preview_script(tmp_path, capsys):
-    clips, captions = zip(*(D.Shapes("full", 5, 1, (32, 32), 2)[i] for i in range(5)))
+def test_items_are_a_function_of_seed_and_number_and_sheets_show_them(here):
+    item = lambda i, n=5, seed=1: D.Shapes("full", n, seed, (32, 32), 2)[i]
+    clips, captions = zip(*map(item, range(5)))
+    for k in (4, 1):                                        # in any order, of a world of any length
+        assert np.array_equal(item(k, 99)[0], clips[k]) and item(k, 99)[1] == captions[k]
+        assert not np.array_equal(item(k, seed=2)[0], clips[k])
     notes = [("ok", "#00ff00")] + [None] * 4                # the second frame, enlarged twofold
     sheet = np.asarray(D.contact_sheet(clips, captions, 3, notes, 1, 64))
     assert np.array_equal(sheet[13:75, 89:151], clips[1][1].repeat(2, 0).repeat(2, 1)[1:63, 1:63])
     assert (sheet == (0, 255, 0)).all(-1).sum() > 200
-    run("data.py", "--preview", "a/w.gif", "--frames", "3", "--n", "4", cwd=tmp_path)
-    assert Image.open(tmp_path / "a" / "w.gif").n_frames == 3
-    for bad in (["a.txt"], [tmp_path], ["a.png", "--n", "0"], ["b.png", "--data", tmp_path / "no"]):
-        with contextlib.suppress(SystemExit):
-            assert D.main([str(flag) for flag in ("--preview", *bad)]) == 2
-        assert one_line(capsys.readouterr().err)
+    run(D, "--preview", "a/w.gif", "--frames", 3, "--n", 4)
+    assert Image.open("a/w.gif").n_frames == 3
 
-def test_files_are_written_beside_and_renamed_and_inputs_are_never_overwritten(tmp_path):
-    out, mine, link = (tmp_path / name for name in ("a.txt", "mine", "link"))
-    out.write_text("old"), mine.write_text("mine"), link.symlink_to(mine)
-    with pytest.raises(OSError, match="cannot write .*a.txt: full"), D.writing(out) as beside:
-        beside.write_text("half")
-        raise OSError("full")
-    with pytest.raises(ValueError, match="read by this command"), D.writing(link, [None, mine]):
-        raise AssertionError("it began to write")
-    with D.writing(link) as beside:                         # a link is replaced, not followed
-        beside.write_text("new")
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
-        "a.txt": "old", "mine": "mine", "link": "new"} and not link.is_symlink()
-
-# ==== 9. docs/emoji.py ============================================================================
-
-@pytest.mark.parametrize("hostile", [None, "../x.webp", "/tmp/x.webp", "link"])
-def test_emoji_get_names_one_skin_tone_is_held_out_and_hostile_archives_refused(tmp_path, hostile):
-    cook, tones = "1f468{}-200d-1f373", ["", *(f"-{0x1f3fb + k:x}" for k in range(5))]
-    names = {"☕": ("cup", "Food"), "🇫🇷": ("France", "Flags"), "👨\u200d🍳": ("man cook", "People")}
-    one((20, 90, 200, 255), (8, 8), "RGBA").save(file := io.BytesIO(), "WEBP")
-    members = [("a", f"package/assets/{code}.webp", file.getvalue()) for code in
-               ("2615", "1f1eb-1f1f7", "1f984", *map(cook.format, tones))]
-    members += [("a", hostile, b"xxx")] if hostile else []
-    members += [("b", "package/data-by-emoji.json", json.dumps(
-        {emoji: dict(name=name, group=group) for emoji, (name, group) in names.items()}).encode())]
-    tars = {name: tarfile.open(tmp_path / f"{name}.tgz", "w:gz") for name in "ab"}
-    for tar, name, data in members:
-        member = tarfile.TarInfo("package/link" if name == "link" else name)
-        member.size, member.linkname = len(data), "/etc/passwd"
-        member.type = tarfile.SYMTYPE if name == "link" else tarfile.REGTYPE
-        tars[tar].addfile(member, io.BytesIO(data))
-    tars["a"].close(), tars["b"].close()
-    run("docs/emoji.py", tmp_path / "e", tmp_path / "a.tgz", tmp_path / "b.tgz", cwd=tmp_path,
-        code=2 if hostile else 0)
-    assert ({p.name for p in tmp_path.iterdir()} == {"a.tgz", "b.tgz"}) == bool(hostile)
-    if not hostile:
-        train, held = (D.Folder(tmp_path / name).captions for name in ("e", "e-heldout"))
-        assert {"cup", "man cook"} < {*train} and "skin tone" in held[0] and len(train) == 6
-        assert len(held) == 1 and held[0] not in train and "France" not in train
-
-
-# ==== The scripts, as their users run them ========================================================
-
-NET, RED = ["--vae", "vae.safetensors"], "a red circle"
-
-@pytest.fixture
-def here(tiny_files, tmp_path, monkeypatch):
-    """The working folder: vae, t2i and t2v.safetensors lie in it, the worlds are small, and pytest
-    has its signal handlers back afterwards."""
-    monkeypatch.chdir(tmp_path)
-    for path in tiny_files.values():
-        shutil.copy(path, tmp_path)
-    for stage, n in (("vae", 40), ("t2i", 40), ("t2v", 16)):
-        monkeypatch.setitem(train.DRAWN, stage, n)
-    monkeypatch.setattr(train, "CHUNK", 16)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-def call(module, *flags, code=0):
-    """A script's main in this process -> all that it printed. Code 2 wants one line of error."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            ended = module.main([str(flag) for flag in flags])
-        except SystemExit as stop:
-            ended = stop.code
-    said = out.getvalue() + err.getvalue()
-    assert ended == code, f"{module.__name__} {flags} ended with {ended}: {said[-1500:]}"
-    assert code != 2 or one_line(err.getvalue()), said
-    return said
-
-def refused(module, flags, *words):
-    """The script ends with code 2; its one line of error holds all the words."""
-    line = call(module, *flags, code=2).splitlines()[-1]
-    assert all(word in line for word in words), (words, line)
-
-def trained(*flags, out="run"):
-    """train.py on a tiny model -> the run's folder."""
-    own = {"--init", "--vae", "vae"} & {*flags}             # these bring their autoencoder
-    call(train, *TINY, *([] if own else NET), *flags, "--out", out)
-    return Path(f"{out}")
+# ==== 8. train.py, as its users run it ============================================================
 
 def log_of(run):
     """log.csv -> a dict a row, without the speed, which differs from run to run."""
@@ -1461,127 +1166,81 @@ def log_of(run):
                 for row in csv.DictReader(file)]
 
 def numbers_of(run):
-    """All tensors of last.safetensors, by their paths."""
-    def walk(tree, name=""):
-        for key, value in tree.items():
-            yield from walk(value, f"{name}{key}/") if isinstance(value, dict) else (
-                [(name + key, value)] if isinstance(value, torch.Tensor) else [])
-    return dict(walk(G.load_checkpoint(run / "last.safetensors")))
+    """All tensors of last.safetensors, by their paths, as the safetensors library reads them."""
+    return pytest.importorskip("safetensors.torch").load_file(run / "last.safetensors")
 
-def same_end(one, other):
-    """Two runs: the same tensors bit for bit, the same log, the same last preview."""
+def compare_runs(one, other, loss=0.0, norm=0.0, weights=0.0, pixels=0):
+    """The same log, tensors by their names and previews; or up to differences of these sizes."""
+    assert weights or log_of(one) == log_of(other)
+    for a, b in zip(log_of(one), log_of(other), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=loss), other
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=norm), other
     a, b = numbers_of(one), numbers_of(other)
-    assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
-    assert log_of(one) == log_of(other)
-    last = [sorted((run / "samples").iterdir())[-1] for run in (one, other)]
-    assert last[0].name == last[1].name and last[0].read_bytes() == last[1].read_bytes()
+    assert a.keys() == b.keys()
+    for key in a:       # (a key's bias changes no softmax: its gradient is rounding, large by Adam)
+        assert weights and key.startswith(("v", "o")) or largest(a[key], b[key]) <= weights, key
+    shown = [{path.name for path in (run / "samples").iterdir()} for run in (one, other)]
+    assert max(shown[0]) == max(shown[1])
+    for name in shown[0] & shown[1]:
+        drawn, ours = (np.asarray(Image.open(run / "samples" / name).convert("RGB"), int)
+                       for run in (one, other))
+        assert abs(drawn - ours).max() <= pixels, name
 
-def pictures(folder, n=6, classes=()):
-    """A folder of n random pictures, each with a caption of its own (or in class folders)."""
-    rng = np.random.default_rng(0)
-    for k in range(n):
-        path = Path(folder, classes[k % len(classes)] if classes else ".", f"{k:02d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
-        if not classes:
-            path.with_suffix(".txt").write_text(f"noise number n{k}")
-    return folder
+ALIKE = dict(loss=1e-5, norm=3e-4, weights=5e-4, pixels=2)
+
+def at_steps(monkeypatch, then):
+    """Calls then(optimizer) after each real step of the optimizer, in all runs from here on."""
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *more: (step(self, *more),
+                                                                        then(self))[0])
+
+def losses_seen(monkeypatch, then):
+    """Calls then(net, latents, captions, draws) for each training loss -> its factor, or None."""
+    forward = G.Net.forward
+    monkeypatch.setattr(G.Net, "forward", lambda self, *inputs: forward(self, *inputs) * (
+        (then(self, *inputs) if self.training else None) or 1))
 
 # ---- The training step ---------------------------------------------------------------------------
 
-class Plain(torch.nn.Module):
-    """A net whose gradient one knows: the losses of rows x (b, 4) are x w + the row's first."""
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.zeros(4))
-
-    def forward(self, x):
-        return x @ self.w + x[:, 0]
-
-@pytest.mark.parametrize("step,accum", [(0, 1), (99, 1), (99, 2), (99, 4)])
-def test_a_step_is_forward_backward_clip_descent_and_average(step, accum):
-    """By hand: the mean gradient is 2.5 in four weights, a norm of 5, clipped to 1."""
-    net, average = Plain(), torch.zeros(4)
-    optimizer = torch.optim.SGD(net.parameters(), lr=7)
-    args = SimpleNamespace(lr=0.5, lr_decay=0, ema=0.5, grad_accum=accum, precision="fp32",
-                           device=torch.device("cpu"))
-    state = SimpleNamespace(net=net, weights=[net.w], averages=[average], optimizer=optimizer)
-    rows = torch.tensor([1.0, 2, 3, 4])[:, None].expand(4, 4)
-    losses, norm = train.training_step(state, [rows], step, args)
-    assert losses.tolist() == [1, 2, 3, 4] and norm == pytest.approx(5)
-    rate, decay = (0.005, 0.1) if step == 0 else (0.5, 0.5)     # both warm up
-    assert largest(net.w, torch.full((4,), -0.5 * rate)) < 1e-6
-    assert largest(average, (1 - decay) * net.w.detach()) < 1e-6
-    before, bad = (net.w.detach().clone(), average.clone()), rows.clone()
-    bad[3] = math.nan                                       # in the last micro-batch
-    _, norm = train.training_step(state, [bad], step, args)
-    assert math.isnan(norm) and net.w.grad is None
-    assert torch.equal(net.w, before[0]) and torch.equal(average, before[1])
-
-def test_the_learning_rate_and_the_places_of_a_step_are_functions_of_the_step():
-    rate = [train.learning_rate(step, 2e-3, 1000) for step in range(4001)]
-    assert rate[0] == pytest.approx(2e-5) and rate[99:1001] == [2e-3] * 902
-    assert rate[4000] == pytest.approx(1e-3)                # 4 x the steps, half the rate
-    assert train.learning_rate(10 ** 6, 2e-3, 0) == 2e-3    # 0: it stays
-    n, batch = 37, 8
-    places = [p for step in range(37) for p in train.places_of_step(5, step, batch, n)]
-    assert all(sorted(places[e * n:(e + 1) * n]) == list(range(n)) for e in range(8))   # epochs
-    assert places[:n] == list(range(n)) and places[n:2 * n] != places[2 * n:3 * n]
-
-def test_an_item_without_motion_is_a_picture_with_its_own_caption():
-    """Joint training: stills come from the pictures, one in all frames; the rest are clips."""
-    class Fake:
-        def __init__(self, name, frames, value):
-            self.name, self.frames, self.value = name, frames, value
-
-        def __len__(self):
-            return 40
-
-        def __getitem__(self, places):
-            z = torch.stack([torch.full((self.frames, 4, 2, 2), self.value + p) for p in places])
-            return z.half(), [f"{self.name} {p}" for p in places]
-    args = SimpleNamespace(seed=0, p_motion_free=0.5, p_drop_text=0.1, p_first_frame=0.3,
-                           layout_steps=2)
-    batch = partial(train.joint_batches, Fake("clip", 3, 1000.0), schedule=G.NoiseSchedule(),
-                    shape=(16, 3, 4, 2, 2), first=0, args=args)
-    kinds, given = Counter(), 0
-    for step, (z0, captions, draws) in zip(range(4), batch(pictures=Fake("picture", 1, 500.0))):
-        assert (draws.t.min() >= 700) == (step < 2)         # --layout-steps
-        for z, caption, still in zip(z0, captions, draws.still.tolist()):
-            name, place = caption.split()
-            assert name == ("picture" if still else "clip")
-            assert (z == (500.0 if still else 1000.0) + int(place)).all()
-            kinds[name] += 1
-        given += int(draws.given.sum())
-    assert min(kinds["clip"], kinds["picture"]) > 16 and 4 < given < 40
-    _, captions, draws = next(batch(pictures=None))
-    assert all(caption.startswith("clip") for caption in captions) and not draws.still.any()
-
-@pytest.mark.parametrize("stage,steps", [("vae", 40), ("t2i", 100), ("t2v", 40)])
-def test_the_loss_falls_on_a_tiny_world(here, monkeypatch, stage, steps):
-    monkeypatch.setitem(train.DRAWN, stage, 4)
-    more = [] if stage != "t2v" else ["--frames", "2", "--p-motion-free", "0", "--init",
-                                      "t2i.safetensors"]
-    run = trained("--stage", stage, "--steps", steps, "--lr", "0.005", "--layout-steps", "0",
-                  "--p-drop-text", "0", *more)
-    loss = [float(row["loss"]) for row in log_of(run)]
-    assert np.mean(loss[-10:]) < 0.7 * np.mean(loss[:10]), loss
+@pytest.mark.parametrize("accum,decay", [(1, 110), (4, 0)])
+def test_a_step_descends_along_the_clipped_mean_gradient(here, monkeypatch, accum, decay):
+    """By hand: losses of 1 .. 4 times 1 + the sum of 16 weights have a mean gradient of 2.5 in each
+    of these, a norm of 10. The rate warms up over 100 steps and falls as 1 / sqrt(step)."""
+    factors, rates = itertools.cycle([1.0, 2.0, 3.0, 4.0]), []
+    def loss(self, z0, captions, draws):
+        rest = sum(p.sum() for p in self.parameters())
+        k = torch.tensor([next(factors) for _ in captions])
+        return k * (1 + self.model.final.bias.sum()) + 0 * rest
+    def look(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad.any()]
+        assert len(grads) == 1 and largest(grads[0], torch.full((16,), 0.25)) < 1e-5
+    monkeypatch.setattr(G.Net, "forward", loss)
+    monkeypatch.setattr(D, "judge", lambda *_: D.Verdict(False, [], {}, {}))
+    at_steps(monkeypatch, look)
+    log = log_of(trained("--steps", 120, "--lr", "1e-4", "--lr-decay", decay, "--grad-accum", accum,
+                         "--sample-every", 999))
+    assert float(log[0]["loss"]) == 2.5 and {row["grad_norm"] for row in log} == {"10"}
+    assert rates == pytest.approx([1e-4 * min(1, (step + 1) / 100) * math.sqrt(
+        decay / max(decay, step) if decay else 1) for step in range(120)])
 
 @pytest.mark.parametrize("stage", ["vae", "t2i"])
-def test_ema_safetensors_holds_the_averages_and_last_both(here, monkeypatch, stage):
-    """12 real steps; the weights of each are averaged by hand, with the decay that warms up."""
-    history, original = [], torch.optim.AdamW.step
-
-    def step(self, *a, **k):
-        keep = lambda: history.append([w.detach().clone() for w in self.param_groups[0]["params"]])
-        history or keep()
-        original(self, *a, **k)
-        keep()
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+def test_ema_safetensors_holds_averages_and_a_bad_step_changes_nothing(here, monkeypatch, stage):
+    """12 real steps, one not finite. The others are averaged by hand, and the decay warms up."""
+    history, kind, calls = [], G.VAE if stage == "vae" else G.Net, itertools.count()
+    forward = kind.forward
+    def loss(self, *inputs):
+        if not history:
+            history.append([p.detach().clone() for p in self.parameters()])
+        return forward(self, *inputs) * (math.nan if self.training and next(calls) == 5 else 1)
+    monkeypatch.setattr(kind, "forward", loss)
+    at_steps(monkeypatch, lambda optimizer: history.append(
+        [w.detach().clone() for w in optimizer.param_groups[0]["params"]]))
     run = trained("--stage", stage, "--steps", "12", "--ema", "0.6", "--lr", "0.05")
     shared, last = (G.load_checkpoint(run / f"{name}.safetensors") for name in ("ema", "last"))
     halves, averages = (x["vae"]["weights"] if stage == "vae" else x["ema"] for x in (shared, last))
-    decays = [min(0.6, (1 + n) / (10 + n)) for n in range(12)]
+    decays = [min(0.6, (1 + n) / (10 + n)) for n in range(12) if n != 5]
+    assert last["optimizer"]["step"] == 11 and log_of(run)[-1]["skipped"] == "1"
     for k, name in enumerate(last["optimizer"]["exp_avg"]):
         # unrolled: prod(d) w_0 + sum_k (1 - d_k) prod_{j > k} d_j w_k
         expected = math.prod(decays) * history[0][k] + sum(
@@ -1594,154 +1253,158 @@ def test_ema_safetensors_holds_the_averages_and_last_both(here, monkeypatch, sta
     if stage == "vae":                                      # mean 0, deviation 1 by measurement
         clips = np.stack([D.Shapes("full", 40, 0, (32, 32))[i][0] for i in range(40)])
         z = G.build_vae(last).encode(G.to_float(clips))     # (half of the run's are other scenes)
-        assert z.mean((0, 1, 3, 4)).abs().max() < 0.2 and (z.std((0, 1, 3, 4)) - 1).abs().max() < .3
+        assert z.mean((0, 1, 3, 4)).abs().max() < 0.2
+        assert (z.std((0, 1, 3, 4)) - 1).abs().max() < 0.3
+
+def test_every_epoch_shows_each_item_once_in_an_order_of_its_own_and_learns(here, monkeypatch):
+    heard, z0_of = [], {}
+    pictures("mine", 10)
+    def hear(net, z0, captions, draws):
+        heard.extend(captions)
+        for z, caption in zip(z0, captions):                # a caption goes with its own picture
+            assert torch.equal(z, z0_of.setdefault(caption, z))
+    losses_seen(monkeypatch, hear)
+    loss = [float(row["loss"]) for row in log_of(trained(
+        "--data", "mine", "--steps", "100", "--lr", "0.005", "--p-drop-text", "0"))]
+    epochs = [heard[k:k + 10] for k in range(0, 400, 10)]
+    vae = G.build_vae(G.load_checkpoint("vae.safetensors"))
+    for clip, caption in D.Folder("mine", (32, 32)):
+        assert largest(vae.encode(G.to_float(clip[None]))[0], z0_of[caption]) < 1e-2
+    assert all(sorted(epoch) == sorted(z0_of) for epoch in epochs) and len(z0_of) == 10
+    assert len(set(map(tuple, epochs))) == 40
+    assert np.mean(loss[-10:]) < 0.7 * np.mean(loss[:10]), loss
+
+def test_joint_training_an_item_without_motion_is_a_picture_with_its_own_caption(here, monkeypatch):
+    """Stills come from the pictures, one in all frames; the rest are clips, some with their first
+    frame given. The first steps see the noisiest three tenths alone."""
+    for k in range(4):
+        film = dict(save_all=True, append_images=[one(k + 1), one(k + 2)], duration=250)
+        put(Path(f"films/{k}.gif"), one(k), f"film {k}", **film)
+        put(Path(f"stills/{k}.png"), one(5 - k), f"still {k}")
+    vae, latents, seen = G.build_vae(G.load_checkpoint("t2i.safetensors")), {}, []
+    for folder, frames in (("films", 3), ("stills", 1)):
+        for clip, caption in D.Folder(folder, (32, 32), frames, 4):
+            latents[caption] = vae.encode(G.to_float(clip[None]))[0].detach()
+    losses_seen(monkeypatch, lambda net, *inputs: seen.append(inputs))
+    flags = ["--stage", "t2v", "--init", "t2i.safetensors", "--data", "films", "--frames", "3",
+             "--p-first-frame", "0.3", "--p-motion-free"]
+    trained(*flags, "0.5", "--image-data", "stills", "--layout-steps", "4", "--steps", "12")
+    kinds = Counter()
+    for z0, captions, draws in seen:
+        for z, caption, still in zip(z0, captions, draws.still.tolist()):
+            assert caption.startswith("still" if still else "film")
+            assert largest(z, latents[caption].expand_as(z)) < 1e-2
+            kinds[caption] += 1
+    assert len(kinds) == 8 and 4 < sum(int(draws.given.sum()) for *_, draws in seen) < 24
+    least = [min(draws.t.min() for *_, draws in part) for part in (seen[:4], seen[4:])]
+    assert least[1] < 700 <= least[0]
+    seen.clear()
+    trained(*flags, "0", "--steps", "4", out="clips alone")
+    assert not any(draws.still.any() for *_, draws in seen) and len(seen) == 4
+
+@pytest.mark.parametrize("flags,forwards,more", [
+    (["--grad-accum", "4"], 4, {}), (["--checkpoint-activations"], 2, {}),
+    *(pytest.param(flags, 0, dict(loss=1e-4, norm=2e-3, weights=2e-3), marks=slow) for flags in (
+        ["--compile"], ["--compile", "--checkpoint-activations"]) if shutil.which("g++"))])
+def test_how_a_run_is_computed_does_not_change_it(here, monkeypatch, flags, forwards, more):
+    calls, forward = Counter(), G.Block.forward
+    plain = trained("--steps", "3", "--lr", "0.01", out="plain")
+    monkeypatch.setattr(G.Block, "forward", lambda self, *a: calls.update([self.training]) or
+                        forward(self, *a))
+    compare_runs(plain, trained("--steps", "3", "--lr", "0.01", *flags), **{**ALIKE, **more})
+    assert calls[True] == 3 * 2 * forwards or more and torch._dynamo.utils.counters["frames"]["ok"]
 
 # ---- Resume --------------------------------------------------------------------------------------
-
-def stop_at(monkeypatch, how, steps):
-    """Makes a run that is to be stopped by --minutes or a signal stop after each of these steps,
-    counted over all runs from here on."""
-    clock, taken, step = [0.0], itertools.count(1), torch.optim.AdamW.step
-
-    def monotonic():
-        clock[0] += 1e-6                                    # (a speed is divided by the difference)
-        return clock[0]
-
-    def stepped(self, *more):
-        step(self, *more)
-        if next(taken) in steps:
-            clock[0] += 60
-            how == "--minutes" or os.kill(os.getpid(), getattr(signal, how))
-    monkeypatch.setattr(train.time, "monotonic", monotonic)
-    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
 
 @pytest.mark.parametrize("stage,how", [("vae", "--minutes"), ("t2i", "SIGTERM"), ("t2v", "SIGINT"),
                                        ("t2i", "--steps")])
 def test_a_resumed_run_is_the_uninterrupted_run(here, monkeypatch, stage, how):
     """Nine steps are three and three and three, however they were stopped: bit for bit."""
+    more = {"vae": "", "t2i": "--vae vae.safetensors --layout-steps 5 --objective eps --schedule "
+            "linear", "t2v": "--init t2i.safetensors --frames 3 --p-motion-free 0.5 "
+            "--p-first-frame 0.5"}[stage].split()
     flags = ["--stage", stage, "--minutes", "0.5" if how == "--minutes" else "9", "--lr", "0.02",
-             "--grad-accum", "2", *{
-        "vae": [], "t2i": [*NET, "--layout-steps", "5", "--objective", "eps", "--schedule", "linear"],
-        "t2v": ["--init", "t2i.safetensors", "--frames", "3", "--p-motion-free", "0.5",
-                "--p-first-frame", "0.5"]}[stage]]
+             "--grad-accum", "2", *more]
     monkeypatch.setitem(train.DRAWN, "t2i", 12)             # three epochs
-    workers = ["--workers", "2"] if how == "--steps" else []
-    trained(*flags, *workers, "--steps", "9", "--sample-every", "4", out="whole")
-    if how != "--steps":
-        stop_at(monkeypatch, how, (3, 6))
+    trained(*flags, "--workers", "2" if how == "--steps" else "0", "--steps", "9",
+            "--sample-every", "4", out="whole")
+    clock, taken = [0.0], itertools.count(1)
+    def tick():
+        clock[0] += 1e-6                                    # (a speed is divided by the difference)
+        return clock[0]
+    def stop(_):
+        if next(taken) in (3, 6) and how != "--steps":
+            clock[0] += 60
+            how == "--minutes" or os.kill(os.getpid(), getattr(signal, how))
+    monkeypatch.setattr(time, "monotonic", tick)
+    at_steps(monkeypatch, stop)
     for done in (3, 6, 9):
-        said = call(train, *TINY, *flags, "--out", "parts", "--steps",
-                    done if how == "--steps" else 9)
+        said = run(train, *TINY, *flags, "--out", "parts", "--steps",
+                   done if how == "--steps" else 9)
         if how != "--steps" and done < 9:
             assert f"stopped by {how} after step {done} of 9, saved" in said
             assert how != "SIGINT" or signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         for name in ("last", "ema"):
             assert G.load_checkpoint(f"parts/{name}.safetensors")["step"] == done
     assert "resume: parts/last.safetensors, step 6" in said
-    same_end(Path("whole"), Path("parts"))
+    compare_runs(Path("whole"), Path("parts"))
 
-def compare_runs(one, other, loss=1e-5, norm=3e-4, weights=5e-4, pixels=2):
-    """The same losses, gradient norms, weights and averages by plain names, and previews."""
-    for a, b in zip(log_of(one), log_of(other), strict=True):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=loss), other
-        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=norm), other
-    a, b = numbers_of(one), numbers_of(other)
-    assert a.keys() == b.keys()
-    for key in a:       # (a key's bias changes no softmax: its gradient is rounding, large by Adam)
-        assert key.startswith(("v", "o")) or largest(a[key], b[key]) < weights, (other, key)
-    for path in (one / "samples").iterdir():
-        drawn, ours = (np.asarray(Image.open(run / "samples" / path.name).convert("RGB"), int)
-                       for run in (one, other))
-        assert abs(drawn - ours).max() <= pixels, path
-
-def test_micro_batches_and_activations_computed_again_do_not_change_the_run(here, monkeypatch):
-    calls, forward = Counter(), G.Block.forward
-    monkeypatch.setattr(G.Block, "forward", lambda self, *a: calls.update([self.training]) or
-                        forward(self, *a))
-    plain = trained("--steps", "3", "--lr", "0.02", out="plain")
-    compare_runs(plain, trained("--steps", "3", "--lr", "0.02", "--grad-accum", "4", out="four"))
-    assert calls.pop(True) == 3 * 2 * (1 + 4)               # three steps of two blocks
-    compare_runs(plain, trained("--steps", "3", "--lr", "0.02", "--checkpoint-activations",
-                                out="again"))
-    assert calls[True] == 3 * 2 * 2
-
-def test_other_flags_on_resume_are_refused_by_name(here, monkeypatch):
-    run = trained("--steps", "2")
-    before, flags = (run / "last.safetensors").read_bytes(), [*TINY, *NET, "--out", "run"]
-    for flag, was, now in (("lr", "0.002", "0.5"), ("size", "[32, 32]", "64"), ("width", "32", "64"),
-                           ("vae", "vae.safetensors", "t2i.safetensors"), ("seed", "0", "1"),
-                           ("schedule", "cosine", "linear")):
-        refused(train, [*flags, "--steps", "4", f"--{flag}", now], f"--{flag} was {was} in ",
-                "now it is", "--out")
-    assert (run / "last.safetensors").read_bytes() == before
-    assert "--steps 4" in call(train, *flags, "--steps", "2")   # a finished run says how to go on
-    trained("--steps", "1", "--lr", "0.5", "--no-resume")       # moves the old one aside
-    assert Path("run.1/last.safetensors").read_bytes() == before
-    assert len(log_of(Path("run"))) == 1 and len(log_of(Path("run.1"))) == 2
+def test_other_flags_on_resume_are_refused_by_name(here, tiny_run, monkeypatch):
+    file = copy_of(tiny_run) / "last.safetensors"
+    state, before, flags = G.load_checkpoint(file), file.read_bytes(), [*TINY, *NET, "--out"]
+    for flag, was, *now in (("lr", "0.002", "0.5"), ("size", "[32, 32]", "64"), ("width", 32, 64),
+                            ("vae", "vae.safetensors", "t2i.safetensors"), ("seed", "0", "1"),
+                            ("schedule", "cosine", "linear")):
+        refused(train, [*flags, "run", "--steps", "4", f"--{flag}", *now],
+                f"--{flag} was {was} in ", "now it is", "--out")
+    assert file.read_bytes() == before
+    # A run that is older than a flag is compared with the flag's default
+    for flag, *now in (("noise-shift", "0.5"), ("p-first-frame", "0.3"), ("qk-norm",),
+                       ("lr-decay", "7"), ("ema", "0.5")):
+        del state["flags"][flag.replace("-", "_")]
+        state["config"].pop(flag.replace("-", "_"), None)
+        G.save_checkpoint(file, state)
+        refused(train, [*flags, "run", "--steps", "4", f"--{flag}", *now], f"--{flag} was ")
+    trained("--steps", "3")                                 # without the flags it goes on
+    assert "--steps 6" in run(train, *flags, "run", "--steps", "3")
+    trained("--steps", "1", "--lr", "0.5", "--no-resume")
+    assert len(log_of(Path("run"))) == 1 and len(log_of(Path("run.1"))) == 3
     monkeypatch.chdir("run")
-    refused(train, [*TINY, "--no-resume", "--out", "."], "working directory")
-
-@pytest.mark.parametrize("flag,value", [("noise-shift", ["0.5"]), ("p-first-frame", ["0.3"]),
-                                        ("qk-norm", []), ("lr-decay", ["7"]), ("ema", ["0.5"])])
-def test_a_flag_younger_than_the_run_is_compared_with_its_default(here, flag, value):
-    run = trained("--steps", "1")
-    state, name = G.load_checkpoint(run / "last.safetensors"), flag.replace("-", "_")
-    del state["flags"][name]
-    state["config"].pop(name, None)                         # an older version knew no such field
-    G.save_checkpoint(run / "last.safetensors", state)
-    refused(train, [*TINY, *NET, "--out", "run", "--steps", "2", f"--{flag}", *value],
-            f"--{flag} was ", ", now it is")
-    trained("--steps", "2")                                 # without the flag it goes on
-    assert G.load_checkpoint(run / "last.safetensors")["step"] == 2
+    refused(train, [*flags, ".", "--no-resume"], "working directory")
 
 # ---- What a run leaves behind --------------------------------------------------------------------
 
-def test_bad_steps_are_skipped_counted_and_never_saved(here, monkeypatch):
-    original, bad, calls = G.Net.forward, {3}, itertools.count(1)
-    monkeypatch.setattr(G.Net, "forward", lambda self, *inputs: original(self, *inputs) * (
-        math.nan if next(calls) in bad else 1))
-    run = trained("--steps", "5")
-    assert [row["skipped"] for row in log_of(run)] == ["0", "0", "1", "1", "1"]
-    assert all(x.isfinite().all() for x in numbers_of(run).values())
-    bad.update(range(1000))
-    before, flags = (run / "last.safetensors").read_bytes(), [*TINY, *NET, "--out", "run"]
-    refused(train, [*flags, "--steps", "8"], "3 steps", "step 8", "try a lower --lr")
-    assert [row["skipped"] for row in log_of(run)[4:]] == ["1", "2", "3", "4"]      # counted on
-    refused(train, [*flags, "--steps", "50", "--save-every", "1"], "10 steps", "step 15")
-    assert (run / "last.safetensors").read_bytes() == before
+def test_ten_bad_steps_in_a_row_end_a_run_and_are_never_saved(here, tiny_run, monkeypatch):
+    before = (copy_of(tiny_run) / "last.safetensors").read_bytes()
+    flags = [*TINY, *NET, "--out", "run", "--steps"]
+    losses_seen(monkeypatch, lambda *_: math.nan)
+    refused(train, [*flags, "5"], "3 steps", "step 5", "try a lower --lr")
+    assert [row["skipped"] for row in log_of(Path("run"))] == ["0", "0", "1", "2", "3"]
+    refused(train, [*flags, "50", "--save-every", "1"], "10 steps", "step 12")
+    assert Path("run/last.safetensors").read_bytes() == before
 
-def test_a_run_is_saved_before_its_first_preview_and_every_n_steps(here, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "preview_samples", lambda *_: seen.append(
-        G.load_checkpoint("run/last.safetensors")["step"]) or "")
-    trained("--steps", "9", "--sample-every", "2", "--save-every", "5")
+def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, monkeypatch):
+    seen, generate = [], G.generate
+    monkeypatch.setattr(G, "generate", lambda *a, **k: seen.append(
+        G.load_checkpoint("run/last.safetensors")["step"]) or generate(*a, **k))
+    run = trained("--steps", "9", "--sample-every", "2", "--save-every", "5")
     assert seen == [2, 2, 5, 5, 9]                          # at steps 2, 4, 6, 8 and 9
-
-def test_the_run_folder_tells_all(here):
-    run = trained("--steps", "3", "--sample-every", "2")
     assert {str(path.relative_to(run)) for path in run.rglob("*")} == {
         ".lock", "config.json", "ema.safetensors", "last.safetensors", "log.csv", "loss.png",
-        "samples", "samples/000002.png", "samples/000003.png"}
-    config, state = json.loads((run / "config.json").read_text()), G.load_checkpoint(
-        run / "last.safetensors")
+        "samples", *(f"samples/00000{k}.png" for k in (2, 4, 6, 8, 9))}
+    read = lambda: json.loads((run / "config.json").read_text())
+    config, state = read(), G.load_checkpoint(run / "last.safetensors")
     assert config["flags"] == state["flags"] and config["flags"].keys() == {
         action.dest for action in train.parser()._actions} - {"help"}
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-    for made in (config["made"], state["made"]):
-        assert made["torch"] == torch.__version__ and made["seed"] == 0 and made["python"]
-        assert made["commit"].removesuffix("-dirty") == git.stdout.strip()
-    for flag, row in train.DEFAULTS.items():                # what was not typed is the table's
-        if flag not in ("size", "steps", "batch_size"):
-            assert config["flags"][flag] == row[train.COLUMNS.index("t2i")], flag
-    trained("--steps", "4", "--workers", "1", "--sample-every", "2")    # both are harmless
-    new = json.loads((run / "config.json").read_text())
-    assert new["flags"] == {**config["flags"], "steps": 4, "workers": 1}
-    assert new["made"] == config["made"]
+    made = config["made"]
+    assert state["made"] == made and made["torch"] == torch.__version__ and made["python"]
+    harmless = {"steps": 10, "workers": 1, "sample_every": 3, "save_every": 4}
+    trained("--steps", "10", "--workers", "1", "--sample-every", "3", "--save-every", "4")
+    assert read() == {**config, "flags": {**config["flags"], **harmless}}
 
-def test_the_log_is_mended_or_left_alone(here):
+def test_the_log_is_mended_or_left_alone(here, tiny_run):
     """A resume keeps the rows up to its checkpoint. A log that a spreadsheet has saved stays."""
-    log = (run := trained("--steps", "2")) / "log.csv"
-    good = log.read_text()
+    good = (log := (run := copy_of(tiny_run)) / "log.csv").read_text()
     log.write_text(good + good.splitlines()[-1].replace("2,", "3,", 1) + "\n3,0.1")
     trained("--steps", "3")
     assert log.read_text().startswith(good) and [r["step"] for r in log_of(run)] == ["1", "2", "3"]
@@ -1750,82 +1413,73 @@ def test_the_log_is_mended_or_left_alone(here):
     assert log.read_text() == theirs
 
 @pytest.mark.parametrize("stage", ["vae", "t2i"])
-def test_a_part_of_a_folder_never_trains_and_tells_how_well_it_goes(here, monkeypatch, stage):
+def test_a_part_of_a_folder_never_trains_and_is_watched(here, monkeypatch, sheets, stage):
     """Previews are spread over what trains; the held-out loss stands in the log and the plot."""
-    state = G.load_checkpoint("vae.safetensors")
-    G.save_checkpoint("vae.safetensors", {**state, "flags": {"data": "shapes"}})
-    pictures("mine", 40)
-    heard, sheets, forward, sheet = set(), [], G.Net.forward, D.contact_sheet
-    held = D.hold_out(D.Folder("mine", (32, 32)), 0)[1].captions
-    monkeypatch.setattr(G.Net, "forward", lambda self, z0, captions, draws: heard.update(
-        captions if self.training else ()) or forward(self, z0, captions, draws))
-    monkeypatch.setattr(D, "contact_sheet", lambda clips, labels, *a, **k:
-                        sheets.append(list(labels)) or sheet(clips, labels, *a, **k))
-    flags = ["--stage", stage, "--data", "mine", "--sample-every", "10", "--steps", "20"]
-    said = call(train, *TINY, *(NET if stage == "t2i" else []), *flags, "--out", "run")
+    G.save_checkpoint("vae.safetensors", random_state("vae", flags={"data": "shapes"}))
+    heard, held = set(), D.hold_out(D.Folder(pictures("mine", 40), (32, 32)), 0)[1].captions
+    assert D.hold_out(D.Folder("mine", (32, 32)), 1)[1].captions != held   # the seed chooses
+    losses_seen(monkeypatch, lambda net, z0, captions, draws: heard.update(captions))
+    flags = [*TINY, *NET[:2 * (stage == "t2i")], "--stage", stage, "--data", "mine", "--steps", 20,
+             "--sample-every", 10, "--out"]
+    said = run(train, *flags, "run")
     if stage == "t2i":
         assert len(held) == 1 and heard == set(D.Folder("mine").captions) - set(held)
-        shown = {int(label.split("n")[-1]) for label in sheets[-1]}
-        assert len(shown) == 12 and max(shown) - min(shown) > 30 and set(sheets[-1]) <= heard
+        shown = {int(label.split("n")[-1]) for label in sheets[-1][1]}
+        assert len(shown) == 12 and max(shown) - min(shown) > 30 and set(sheets[-1][1]) <= heard
         assert "has only seen the shapes world" in said and "40 pictures" in said
         assert " right" not in said                         # no judge reads one's own pictures
+        assert G.load_checkpoint("run/ema.safetensors")["flags"]["layout_steps"] == 0
+        shapes = run(train, *TINY, *NET, "--steps", "1", "--out", "shapes")
+        assert "has only seen" not in shapes and re.search(r"\d+ of 12 right", shapes)
     losses = [row["held_out"] for row in log_of(Path("run"))]
     assert [bool(x) for x in losses] == [k in (10, 20) for k in range(1, 21)]
     assert losses[9] != losses[19] and f"held out {float(losses[19]):.4f}" in said
     plotted = Counter(map(tuple, np.asarray(Image.open("run/loss.png")).reshape(-1, 3).tolist()))
-    assert all(plotted[tuple(bytes.fromhex(ink[1:]))] > 20 for _, ink in list(
-        train.CURVES.values())[-1 if stage == "vae" else 0:])
-    still = log_of(trained(*flags, "--lr", "0", out="still"))
-    assert still[9]["held_out"] == still[19]["held_out"]    # always at the same noise
-    assert json.loads(Path("run/config.json").read_text())["flags"]["layout_steps"] == 0
-    said = call(train, *TINY, *NET, "--steps", "1", "--out", "shapes")
-    assert "has only seen" not in said and re.search(r"\d+ of 12 right", said)
+    curves = [ink for ink, n in plotted.items() if n > 20 and max(ink) - min(ink) > 60]
+    assert len(curves) >= (1 if stage == "vae" else 5)      # the held-out loss, four bands of noise
+    run(train, *flags, "still", "--lr", "0")                # always at the same noise
+    assert len({row["held_out"] for row in log_of(Path("still"))[9::10]}) == 1
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def test_every_config_field_is_a_flag_a_part_of_the_file_and_a_resume_check(here):
     """A contributor adds a field with help to the dataclass, and edits nothing else."""
-    other = {"conditioning": "adaln", "width": 64, "heads": 2}
+    other = {"conditioning": "adaln", "width": 64, "heads": 2, "depth": 1, "patch_size": 1}
     code = (HERE / "gentron.py").read_text("utf-8").split("def __post_init__")[1]
     for f in dataclasses.fields(G.GenTronConfig):
         if "help" in f.metadata:
-            used = G.PRESETS["nano"].get(f.name, f.default)
-            value = other.get(f.name, not used if f.type is bool else used if f.type is str else
-                              1 if f.type is int else used / 2 + 0.1)
-            flag = "--" + f.name.replace("_", "-")
-            run = trained("--steps", "1", *([flag] if f.type is bool else [flag, value]), out=f.name)
+            used = dict(zip(("depth", "width", "heads"), (2, 32, 4))).get(f.name, f.default)
+            value = other[f.name] if f.name in other else not used if f.type is bool else used + 1
+            set_to = lambda x: [f"--{'no-' * (x is False)}{f.name.replace('_', '-')}", *(
+                [] if f.type is bool else [x])]
+            run = trained("--steps", "1", *set_to(value), out=f.name)
             assert G.load_checkpoint(run / "ema.safetensors")["config"][f.name] == value
-            if value != used:
-                again = ["--no" + flag[1:]] if f.type is bool else [flag, used]
-                refused(train, [*TINY, *NET, "--steps", "2", "--out", f.name, *again],
-                        f"{flag} was {value} in ", f"now it is {used}")
+            refused(train, [*TINY, *NET, "--steps", "2", "--out", f.name, *set_to(used)],
+                    f"--{f.name.replace('_', '-')} was {value} in ", f"now it is {used}")
             assert re.search(rf"cfg\.{f.name}\b", code), f"nothing reads {f.name}"
 
 def test_help_tells_every_default_and_every_flag_is_read():
     """A flag that nothing reads is a promise that nothing keeps."""
-    helps = {a.dest: a.help for a in train.parser()._actions}
-    for flag, row in train.DEFAULTS.items():
-        for column, value in zip(train.COLUMNS, row):
-            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            assert f"{column}: {text}" in helps[flag] or helps[flag].endswith(f"({text})"), flag
     fields = {f.name for f in dataclasses.fields(G.GenTronConfig)}
     for module in (train, sample):
         source = Path(module.__file__).read_text("utf-8").split("    return p\n", 1)[1]
         source = re.sub(r"HARMLESS = \{.*?\}", "", source, flags=re.S)
         for a in module.parser()._actions:
-            assert a.help, f"{module.__name__} {a.dest}"
-            assert module is sample or type(a.default) not in (int, float) or \
-                f"({a.default})" in a.help, a.dest
+            row = train.DEFAULTS.get(a.dest, ()) if module is train else ()
+            for column, value in zip(train.COLUMNS, row):
+                text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                assert f"{column}: {text}" in a.help or a.help.endswith(f"({text})"), a.dest
+            assert a.help and (module is sample or type(a.default) not in (int, float)
+                               or f"({a.default})" in a.help), a.dest
             assert a.dest in {"help", *fields} or re.search(rf"args\.{a.dest}\b|\"{a.dest}\"",
                                                             source), a.dest
 
 def test_a_child_inherits_and_a_parents_decisions_are_refused_as_flags(here):
-    """--init: t2i -> t2v has the parent's averages as its weights, and adds temporal layers alone;
-    another size keeps the grid that the positions were trained on."""
-    parent = trained("--steps", "1", "--objective", "flow", "--noise-shift", "0.3", "--world", "full",
-                     "--qk-norm", "--mlp-ratio", "2", out="parent")
-    ema = str(parent / "ema.safetensors")
-    old, flags = G.load_checkpoint(ema), ["--init", ema, "--stage", "t2v", "--steps", "1"]
+    """t2v has its t2i parent's averages as weights, its grid of positions, and temporal layers."""
+    trained("--steps", "1", "--objective", "flow", "--noise-shift", "0.3", "--world", "full",
+            "--qk-norm", "--mlp-ratio", "2", out="parent")
+    old = G.load_checkpoint("parent/ema.safetensors")
+    flags = ["--init", "parent/ema.safetensors", "--stage", "t2v", "--steps", "1"]
     for flag, *value in (("objective", "v"), ("schedule", "linear"), ("text", "small+small"),
                          ("vae", "vae.safetensors"), ("mlp-ratio", "4"), ("noise-shift", "0"),
                          ("no-qk-norm",)):
@@ -1834,162 +1488,143 @@ def test_a_child_inherits_and_a_parents_decisions_are_refused_as_flags(here):
     refused(train, [*flags, "--out", "b", "--preset", "S/2"], "leave")
     child = trained(*flags, "--lr", "0", "--frames", "3", "--size", "48x32", out="child")
     new = G.load_checkpoint(child / "last.safetensors")
-    assert new["schedule"] == old["schedule"] == {"kind": "straight", "objective": "flow",
-                                                  "shift": 0.3}
-    assert new["text"] == old["text"] and new["config"] == {**old["config"], "temporal": True}
-    assert (new["size"], new["config"]["grid"], new["frames"]) == ([48, 32], [2, 2], 3)
+    shared = {"schedule": {"kind": "straight", "objective": "flow", "shift": 0.3},
+              "text": old["text"], "config": {**old["config"], "temporal": True}}
+    assert shared.items() <= new.items() and new["config"]["grid"] == [2, 2]
+    assert (new["size"], new["frames"], new["flags"]["world"]) == ([48, 32], 3, "full")
     for part, weights in ((new["vae"]["weights"], old["vae"]["weights"]), (new["ema"], old["ema"]),
                           (new["weights"], old["ema"])):
         assert all(torch.equal(part[name], w.float()) for name, w in weights.items())
-    assert len(new["ema"]) > len(old["ema"])
-    assert all(".temporal." in name for name in new["ema"].keys() - old["ema"].keys())
-    assert (new["flags"]["world"], new["flags"]["objective"]) == ("full", "flow")
-    for flag, row in train.DEFAULTS.items():                # what was not typed is the table's
-        assert flag in (*old["schedule"], "objective", "schedule", "noise_shift", "size", "steps", "lr",
-                        "batch_size", "frames", "world") or new["flags"][flag] == row[2], flag
+    added = new["ema"].keys() - old["ema"].keys()
+    assert added and all(".temporal." in name for name in added)
+    for flag in ("lr_decay", "layout_steps", "ema", "p_first_frame", "fps"):
+        for state, column in ((old, "t2i"), (new, "t2v")):  # what was not typed is the table's
+            assert state["flags"][flag] == train.DEFAULTS[flag][train.COLUMNS.index(column)], flag
 
-@pytest.mark.parametrize("where", ["typed", "file"])
-def test_only_a_name_that_was_typed_is_downloaded(here, monkeypatch, where):
+def test_only_a_name_that_was_typed_is_downloaded(here, monkeypatch):
     asked = []
-
     def library(self, name, download=False, *_):
         asked.append(download)
         raise ValueError("no network here")
     monkeypatch.setattr(G.FrozenEncoder, "__init__", library)
     monkeypatch.setattr(G.PretrainedVAE, "__init__", library)
-    state, wanted = random_state("t2i"), [True, True]
-    cases = [(train, [*TINY, *NET, "--text", "t5"]), (train, [*TINY, "--vae", "some/vae"])]
-    if where == "file":
-        G.save_checkpoint("a.safetensors", {**state, "text": {**state["text"], "spec": "clip"}})
-        G.save_checkpoint("b.safetensors", {**state, "vae": {"name": "some/vae"}})
-        cases = [case for file in ("a.safetensors", "b.safetensors") for case in (
-            (sample, [RED, "--ckpt", file]), (sample, [RED, "--ckpt", file, "--download"]),
-            (train, [*TINY, "--init", file]))]
-        wanted = [False, True, False] * 2
-    for script, flags in cases:
-        refused(script, flags, "no network")
-    assert asked == wanted
+    state = random_state("t2i")
+    G.save_checkpoint("a.safetensors", {**state, "text": {**state["text"], "spec": "clip"}})
+    G.save_checkpoint("b.safetensors", {**state, "vae": {"name": "some/vae"}})
+    for script, flags, download in (
+            (train, [*NET, "--text", "t5"], True), (train, ["--vae", "some/vae"], True),
+            *((script, [*flags, f"{name}.safetensors"], download) for name in "ab"
+              for script, flags, download in ((sample, [RED, "--ckpt"], False), (train, [
+                  "--init"], False), (sample, [RED, "--download", "--ckpt"], True)))):
+        refused(script, [*(TINY if script is train else ()), *flags], "no network")
+        assert asked.pop() == download and not asked, flags
 
 # ---- The cache -----------------------------------------------------------------------------------
 
-def encode(*flags, out="cache", code=0):
+def encode(*flags, out="cache"):
     """train.py --stage encode -> the cache's folder."""
-    own = {"--vae"} & {*flags}
-    call(train, "--stage", "encode", "--workers", "0", "--size", "32", *([] if own else NET), *flags,
-         "--out", out, code=code)
+    own = NET if "--vae" not in flags else []
+    run(train, "--stage", "encode", "--workers", 0, "--size", 32, *own, *flags, "--out", out)
     return Path(out)
 
 def test_training_from_a_cache_is_training_from_the_pictures(here, monkeypatch):
     flags = ["--steps", "25", "--lr", "0.01", "--sample-every", "9"]    # 29 items: a fourth epoch
     direct = trained(*flags, "--data", pictures("mine", 30), out="direct")
     assert not list(encode("--data", "mine").glob("tokens*"))   # a trained encoder: captions only
+    Image.new("RGB", (9, 9)).save("mine/00.png")            # another picture by that name
+    refused(train, ["--stage", "encode", *NET, "--size", "32", "--data", "mine", "--out", "cache"],
+            "cache", "source")
     shutil.rmtree("mine")
     cached = trained(*flags, "--data", "cache", out="cached")
     assert log_of(direct)[17]["held_out"]                   # the same items are held out
-    same_end(direct, cached)
-    video = ["--stage", "t2v", "--init", "t2i.safetensors", "--steps", "4", "--p-motion-free", "0.5"]
-    direct = trained(*video, "--frames", "3", "--layout-steps", "9", out="video")
+    compare_runs(direct, cached)
+    state, use = G.load_checkpoint("vae.safetensors"), [*TINY, "--data", "cache", "--steps", "1"]
+    next(iter(state["vae"]["weights"].values())).view(-1)[0] += 0.01    # one number, a little
+    G.save_checkpoint("other.safetensors", state)
+    refused(train, [*use, "--vae", "other.safetensors"], "encode again")
+    refused(train, [*use, *NET, "--size", "64"], "another size")
+    refused(train, [*use, *NET, "--stage", "vae"], "pictures")
+    video = ["--stage", "t2v", "--init", "t2i.safetensors", "--steps", "4", "--layout-steps", "9",
+             "--p-motion-free", "0.5"]
+    direct = trained(*video, "--frames", "3", out="video")
     encode("--vae", "t2i.safetensors", "--frames", "3", out="clips")    # (3 frames: the cache's)
     encode("--vae", "t2i.safetensors", out="stills")
     monkeypatch.setattr(D.Shapes, "__getitem__", None)      # no picture is drawn
-    cached = trained(*video, "--layout-steps", "9", "--data", "clips", "--image-data", "stills",
-                     out="from caches")
+    cached = trained(*video, "--data", "clips", "--image-data", "stills", out="from caches")
     assert [row["loss"] for row in log_of(direct)] == [row["loss"] for row in log_of(cached)]
 
 def test_cached_features_stand_in_for_frozen_encoders(here, pretrained, monkeypatch):
-    monkeypatch.setitem(train.DRAWN, "t2i", 16)
+    """Encoded, stopped anywhere and gone on with; then trained from, without the encoders."""
+    monkeypatch.setitem(train.DRAWN, "t2i", 16), monkeypatch.setattr(train, "CHUNK", 4)
     spec, vae = f"{pretrained}/clip+{pretrained}/t5", ["--vae", str(pretrained / "vae")]
-    cache = D.Cache(encode(*vae, "--text", spec))
+    cache, nets = D.Cache(encode(*vae, "--text", spec)), []
+    direct = trained(*vae, "--text", spec, "--steps", "6", "--layout-steps", "0", out="direct")
+    read = lambda: {p: p.read_bytes() for p in Path("cache").iterdir() if p.name != ".lock"}
+    files, rng = read(), np.random.default_rng(0)
+    for _ in range(6):                                      # stopped anywhere: files are shorter
+        for path in rng.choice(sorted(files.keys() - {Path("cache/index.json")}), 3, replace=False):
+            path.write_bytes(files[path][:int(rng.integers(len(files[path])))])
+        refused(train, [*TINY, *vae, "--data", "cache", "--steps", "1"], "cache")
+        refused(train, ["--stage", "encode", *NET, "--size", "32", "--out", "cache"], "another s")
+        encode(*vae, "--text", spec)
+        assert read() == files
+    with monkeypatch.context() as context:
+        context.setattr(G.FrozenEncoder, "__init__", None)  # not even loaded
+        losses_seen(context, lambda net, *_: nets.append(net))
+        for steps in ("3", "6"):                            # and goes on
+            cached = trained(*vae, "--data", "cache", "--steps", steps, out="cached")
     captions = [cache.captions[15], "", cache.captions[3]]  # and the null text
-    theirs, ours = G.TextEncoder(spec)(captions), train.StoredText([cache], "cpu")(captions)
+    theirs, ours = G.TextEncoder(spec)(captions), nets[0].text(captions)
     for a, b in zip((*ours.tokens, ours.pooled), (*theirs.tokens, theirs.pooled)):
         assert largest(a, b) < 2e-3 * b.abs().max()         # stored in half precision
     assert all(torch.equal(a, b) for a, b in zip(ours.mask, theirs.mask))
-    direct = trained(*vae, "--text", spec, "--steps", "6", "--layout-steps", "0", out="direct")
-    with monkeypatch.context() as context:
-        context.setattr(G.FrozenEncoder, "__init__", None)              # not even loaded
-        for steps in ("3", "6"):                                        # and goes on
-            cached = trained(*vae, "--data", "cache", "--steps", steps, out="cached")
     for one, other in zip(log_of(direct), log_of(cached)):
         assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=2e-3)
     state = G.load_checkpoint(cached / "last.safetensors")
     assert state["vae"] == {"name": vae[1]} and state["text"]["spec"] == spec
     assert all(name.startswith("model.") for name in state["weights"])
-    call(sample, RED, "--ckpt", cached / "ema.safetensors", "--steps", "2")     # encoders again
+    run(sample, RED, "--ckpt", cached / "ema.safetensors", "--steps", "2")      # encoders again
     shutil.copytree(pretrained / "t5", "my_t5")
     encode(*vae, "--text", "my_t5", out="cache5")
-    refused(train, [*TINY, *vae, "--data", "cache5", "--steps", "1", "--text", spec], "encode again")
-
-def test_encode_goes_on_where_it_was_stopped(here, monkeypatch):
-    """Killed between two writes, with half a row on the disk: the cache is the same, byte by byte."""
-    encode(out="whole")
-    append, calls = D.CacheWriter.append, []
-
-    def stopped(self, *rows):
-        calls.append(self.done)
-        if len(calls) == 2:
-            with open(self.folder / "latents.0.f16", "ab") as file:
-                file.write(b"half a row")
-            raise OSError(f"cannot write {self.folder}: disk full")
-        append(self, *rows)
-    monkeypatch.setattr(D.CacheWriter, "append", stopped)
-    encode(out="parts", code=2)
-    refused(train, [*TINY, *NET, "--data", "parts", "--steps", "1"], "not finished")
-    refused(train, ["--stage", "encode", *NET, "--size", "64", "--out", "parts"], "another s")
-    encode(out="parts")
-    assert calls == [0, 16, 16, 32]                         # the first rows were kept
-    files = lambda folder: {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    assert files("whole") == files("parts")
-
-def test_a_cache_of_another_autoencoder_size_or_stage_or_of_pictures_that_changed(here):
-    state, cache = G.load_checkpoint("vae.safetensors"), encode("--data", pictures("mine"))
-    next(iter(state["vae"]["weights"].values())).view(-1)[0] += 0.01    # one number, a little
-    G.save_checkpoint("other.safetensors", state)
-    flags = [*TINY, "--data", cache, "--steps", "1"]
-    refused(train, [*flags, "--vae", "other.safetensors"], "encode again")
-    refused(train, [*flags, *NET, "--size", "64"], "another size")
-    refused(train, [*flags, *NET, "--stage", "vae"], "pictures")
-    Image.new("RGB", (9, 9)).save("mine/00.png")            # another picture by that name
-    refused(train, ["--stage", "encode", *NET, "--size", "32", "--data", "mine", "--out", cache],
-            "cache", "source")
+    refused(train, [*TINY, *vae, "--data", "cache5", "--steps", "1", "--text", spec],
+            "encode again")
 
 # ---- Sizes, speeds, several processes, kills -----------------------------------------------------
 
 def peak_memory():
     """The most memory this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if resource else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if POSIX else 0
 
 def test_dry_run_and_benchmark_tell_sizes_and_speeds_and_write_nothing(here):
-    before, files = peak_memory(), set(Path().rglob("*"))
-    said = call(train, "--preset", "G/2", "--text", "clip+t5", "--dry-run")     # allocates nothing
-    assert "3065.0 M parameters, 3597.0 M with temporal" in said and "GFLOPs" in said
-    row = next(line for line in said.splitlines() if "without --fsdp" in line).split()[-5:]
-    assert row == ["12.26", "12.26", "24.52", "12.26", "61.30"]         # GB of 4-byte numbers
+    before, files = peak_memory(), files_here()
+    said = run(train, "--preset", "G/2", "--text", "clip+t5", "--dry-run")  # allocates nothing
     assert peak_memory() - before < 1000
-    said = call(train, *TINY, *NET, "--dry-run", "--stage", "t2v", "--frames", "3")
-    cfg = G.GenTronConfig(depth=2, width=32, heads=4, in_channels=16, text_dims=(128,), temporal=True)
-    assert f"{sum(p.numel() for p in G.GenTron(cfg).parameters()) / 1e6:.1f} M with temporal" in said
-    said = call(train, *TINY, *NET, "--benchmark", "--stage", "t2v", "--steps", "2")
+    with torch.device("meta"):
+        nets = [G.GenTron(G.GenTronConfig(**G.PRESETS["G/2"], temporal=on)) for on in (False, True)]
+    n, n_temporal = (sum(p.numel() for p in net.parameters()) for net in nets)
+    assert f"{n / 1e6:.1f} M parameters, {n_temporal / 1e6:.1f} M with temporal" in said
+    row = next(line for line in said.splitlines() if "without --fsdp" in line).split()[-5:]
+    assert [*map(float, row)] == pytest.approx([k * n / 1e9 for k in (4, 4, 8, 4, 20)], abs=0.01)
+    said = run(train, *TINY, *NET, "--benchmark", "--stage", "t2v", "--steps", "2")
     rows = [line.split() for line in said.splitlines() if re.match(r" +\d+ +\d", line)]
-    assert [int(row[0]) for row in rows] == [1, 4, 8, 16, 32]
+    assert [int(row[0]) for row in rows] == [1, 4, 8, 16, 32] and files_here() == files
     for _, seconds, rate, flops, share, gb in rows:
         assert float(seconds) * float(rate) == pytest.approx(4, rel=0.2)    # the batch size
         assert float(flops) > 0 and 0 < int(share.strip("%")) < 300 and 0.1 < float(gb) < 50
-    assert set(Path().rglob("*")) == files
 
 def together(*jobs):
-    """train.main(flags) for each of the jobs, on two gloo processes of the CPU -> what both said."""
-    with contextlib.ExitStack() as stack:                   # free ports, all different
-        sockets = [stack.enter_context(socket.socket()) for _ in jobs]
-        [s.bind(("localhost", 0)) for s in sockets]
-        ports = [str(s.getsockname()[1]) for s in sockets]
+    """train.main(flags) for each job, on two gloo processes of the CPU -> what both said."""
     code = (f"import json, os, sys, train\ntrain.CHUNK = 16\ntrain.DRAWN.update({train.DRAWN})\n"
             "for flags, port in zip(*json.loads(sys.argv[1])):\n"
             "    os.environ['MASTER_PORT'] = port\n    assert train.main(flags) == 0, flags\n")
+    with contextlib.ExitStack() as stack:                   # free ports, all different
+        sockets = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in jobs]
+        ports = [str(s.getsockname()[1]) for s in sockets]
     command = [sys.executable, "-c", code, json.dumps([[[*map(str, job)] for job in jobs], ports])]
-    env = {**os.environ, **CPU, "WORLD_SIZE": "2", "PYTHONPATH": str(HERE), "MASTER_ADDR": "localhost"}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    env = {**ALONE, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, env={**env, "RANK": rank, "LOCAL_RANK": rank})
+               for rank in "01"]
     try:
         outs = [process.communicate(timeout=600)[0] for process in running]
     finally:
@@ -2000,14 +1635,12 @@ def together(*jobs):
 SHARED = [*TINY, *NET, "--lr", "0.02", "--layout-steps", "0", "--grad-accum", "2"]
 
 def test_two_processes_are_one_with_copies_and_with_shards_in_bf16(here):
-    """The quick check of both: through previews and a save."""
     often = [*SHARED, "--steps", "4", "--sample-every", "2", "--save-every", "3"]
     half = ["--precision", "bf16"]
-    call(train, *often, "--out", "one")
-    call(train, *often, *half, "--out", "one16")
+    run(train, *often, "--out", "one"), run(train, *often, *half, "--out", "one16")
     said = together([*often, "--out", "copies"], [*often, *half, "--fsdp", "--out", "shards"])
     assert "done: " in said[0] and "done: " not in said[1]  # one process prints
-    compare_runs(Path("one"), Path("copies"))
+    compare_runs(Path("one"), Path("copies"), **ALIKE)
     compare_runs(Path("one16"), Path("shards"), loss=5e-3, norm=0.05, weights=0.05, pixels=255)
     assert log_of(Path("one"))[3]["loss"] != log_of(Path("one16"))[3]["loss"]
 
@@ -2020,125 +1653,92 @@ def test_runs_move_between_processes_and_videos_and_caches_are_made_by_two(here)
              "--p-motion-free", "0.5", "--p-first-frame", "0.5", "--lr", "0.02", "--out"]
     cache = ["--stage", "encode", *NET, "--size", "32", "--workers", "0", "--out"]
     for flags in (job("one", 20), job("1 to 2", 10), [*video, "clips"], [*cache, "cache 1"]):
-        call(train, *flags)
+        run(train, *flags)
     together(job("shards", 20, "--fsdp"), job("1 to 2", 20, "--fsdp"), job("2 to 1", 10),
              [*video, "two clips"], [*video, "cut clips", "--fsdp"], [*cache, "cache 2"])
-    call(train, *job("2 to 1", 20))
+    run(train, *job("2 to 1", 20))
     assert max(float(row["grad_norm"]) for row in log_of(Path("one"))) > 1  # clipping had to work
     for one, other in (("one", "shards"), ("one", "1 to 2"), ("one", "2 to 1"),
                        ("clips", "two clips"), ("clips", "cut clips")):
-        compare_runs(Path(one), Path(other))
+        compare_runs(Path(one), Path(other), **ALIKE)
     a, b = D.Cache("cache 1"), D.Cache("cache 2")
     assert a.captions == b.captions and np.array_equal(a[range(40)][0], b[range(40)][0])
 
 @slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
-def test_compiled_blocks_train_alike(here):
-    plain = trained("--steps", "3", "--lr", "0.01", out="plain")
-    for more in (["--compile"], ["--compile", "--checkpoint-activations"]):
-        compare_runs(plain, trained("--steps", "3", "--lr", "0.01", *more, out=len(more)), loss=1e-4,
-                     norm=2e-3, weights=2e-3)
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0             # something was compiled
-
-# Forks runs of train.py that kill themselves before or after the n-th of the calls that matter
-KILLER = """import json, os, sys, torch, train
-flags, kills = json.loads(sys.argv[1]), int(sys.argv[2])
-train.DRAWN['t2i'], train.CHUNK, steps, killed = 40, 16, [0], 0
-def deadly(module, name, left):
-    original = getattr(module, name)
-    def call(*a, **k):
-        for work in (lambda: None, lambda: original(*a, **k)):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), 9)
-            out = work()
-        return out
-    setattr(module, name, call)
-for k in range(kills):
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)        # (threads do not survive a fork)
-        left = [1 + 17 * k % 53]
-        for module, name in ((os, 'fsync'), (os, 'replace'), (train, 'training_step'),
-                             (train.Log, 'save'), (train.G, 'save_checkpoint')):
-            deadly(module, name, left)
-        os._exit(train.main(flags))
-    killed += os.waitpid(pid, 0)[1] == 9
-    files = [f'run/{name}.safetensors' for name in ('ema', 'last')]
-    steps.append(([0] + [train.G.load_checkpoint(f)['step'] for f in files if os.path.exists(f)])[-1])
-    assert steps[-1] >= steps[-2], steps
-print(killed, steps[-1])
-"""
-
-@slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork, no SIGKILL")
+@pytest.mark.skipif(not POSIX, reason="no fork, no SIGKILL")
 def test_killed_anywhere_the_run_goes_on_to_the_same_end(here):
-    flags = [*TINY, *NET, "--steps", "99", "--save-every", "1", "--sample-every", "1000"]
-    env = {**os.environ, **CPU, "PYTHONPATH": str(HERE)}
-    script = lambda code, *more: subprocess.run([sys.executable, "-c", code, *more], env=env, text=True,
-                                                capture_output=True, check=True).stdout
-    killed, steps = script(KILLER, json.dumps([*flags, "--out", "run"]), "25").split()[-2:]
-    assert int(killed) == 25 and int(steps) > 8
-    end = f"import train; train.DRAWN['t2i'], train.CHUNK = 40, 16; train.main({flags}"
-    for out in ("whole", "run"):                            # a process each, of one thread too
-        script(f"{end} + ['--out', '{out}'])")
-    same_end(Path("whole"), Path("run"))
+    """25 forks of this process kill themselves before or after the n-th call that matters."""
+    flags, steps, killed = [*TINY, *NET, "--steps", "99", "--save-every", "1", "--sample-every",
+                            "1000", "--out"], [0], 0
+    def deadly(module, name, left):
+        original = getattr(module, name)
+
+        def call(*a, **k):
+            for work in (lambda: None, lambda: original(*a, **k)):
+                left[0] -= 1
+                left[0] or os.kill(os.getpid(), signal.SIGKILL)
+                out = work()
+            return out
+        setattr(module, name, call)
+    torch.set_num_threads(1)                                # threads do not survive a fork
+    for k in range(25):
+        if (pid := os.fork()) == 0:
+            left = [1 + 17 * k % 53]
+            for module, name in ((os, "fsync"), (os, "replace"), (torch.optim.AdamW, "step"),
+                                 (G, "save_checkpoint")):
+                deadly(module, name, left)
+            os._exit(train.main([*flags, "run"]))
+        killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
+        steps += [G.load_checkpoint(path)["step"] for path in Path("run").glob("last.safetensors")]
+        assert steps == sorted(steps)
+    assert killed == 25 and steps[-1] > 8
+    run(train, *flags, "whole"), run(train, *flags, "run")
+    compare_runs(Path("whole"), Path("run"))
     assert not list(Path("run").glob("*.tmp*"))
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(here, monkeypatch):
     pytest.importorskip("fcntl")
-    take = [sys.executable, "-c", "import fcntl, sys, time\nfile = open(sys.argv[1], 'w')\n"
-            "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\nprint(1, flush=True), time.sleep(30)",
-            "run/.lock"]
-    os.mkdir("run")
-    with subprocess.Popen(take, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"1\n"
-        for more in ([], ["--no-resume"]):
-            refused(train, [*TINY, *NET, "--steps", "2", "--out", "run", *more], "run is in use")
-        other.kill()
-    tried, forward = [], G.Net.forward
-    monkeypatch.setattr(G.Net, "forward", lambda self, *inputs: tried.append(subprocess.run(
-        take, capture_output=True, text=True).stderr) or forward(self, *inputs))
-    trained("--steps", "1")                                 # a dead process's lock is no obstacle
+    second, said = [sys.executable, HERE / "train.py", *TINY, *NET, "--steps=1", "--out=run"], []
+    losses_seen(monkeypatch, lambda *_: said.append(subprocess.run(
+        second, env=ALONE, capture_output=True, text=True).stderr))
+    trained("--steps", "1")                                 # a finished run's lock is no obstacle
     trained("--steps", "1", "--no-resume")                  # takes a lock of its own
-    assert len(tried) == 2 and all("BlockingIOError" in said for said in tried)
+    assert len(said) == 2 and all(line.startswith("error: run is in use") for line in said), said
 
 def test_a_crash_leaves_no_worker_and_a_closed_pipe_no_run(here):
-    """Workers ignore signals, so an exit that waits for them would wait for ever. `| head -1`
-    closes the pipe at the first line: the run goes on."""
+    """An exit that waits for workers, which ignore signals, hangs. `| head -1` closes the pipe."""
     flags = [*TINY, *NET, "--steps", "3", "--workers", "2", "--out"]
     code = ("import gentron, train\ndef crash(*_): raise RuntimeError('crash')\n"
             f"gentron.Net.forward = crash\ntrain.main({[*flags, 'a']})")
-    pipe = f"{shlex.join([sys.executable, str(HERE / 'train.py'), *flags, 'b'])} | head -1"
-    crashed, closed = (subprocess.run(
-        command, env={**os.environ, **CPU, "PYTHONPATH": str(HERE)}, capture_output=True, text=True,
-        timeout=100) for command in ([sys.executable, "-c", code], ["sh", "-c", pipe]))
+    script = lambda line: subprocess.run(["sh", "-c", line], env=ALONE, capture_output=True,
+                                         text=True, timeout=600)
+    crashed = script(shlex.join([sys.executable, "-c", code]))
+    closed = script(shlex.join([sys.executable, f"{HERE}/train.py", *flags, "b"]) + " | head -1")
     assert crashed.returncode == 1 and "RuntimeError: crash" in crashed.stderr
     assert closed.stdout.startswith("t2i: ") and "Traceback" not in closed.stderr
     assert G.load_checkpoint("b/last.safetensors")["step"] == 3
 
-@pytest.mark.parametrize("module,where", [(train, "setup"), (sample, "draw")])
-def test_one_door_out_of_main(here, monkeypatch, module, where):
-    advice = "--grad-accum" if module is train else "--batch-size"
-    flags = [*TINY, *NET] if module is train else [RED, "--ckpt", "t2i.safetensors"]
-    for error, code, words in (
-            (MemoryError(), 2, ["out of memory", advice]), (OverflowError("too large"), 2, []),
-            (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"), 2, ["out of memory", advice]),
-            (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, [advice]),
-            (RecursionError(), 2, ["nested"]), (KeyboardInterrupt(), 130, ["stopped by Ctrl-C"]),
-            (OSError(28, "No space left on device", "x\x1b\n\u202ey"), 2, ["No space"]),
-            (ValueError("a" * 10 ** 6), 2, ["aaa"]), (ZeroDivisionError("a bug"), None, [])):
-        def fail(*_, error=error, **__):
-            raise error
-        monkeypatch.setattr(module, where, fail)
-        if code:
-            said = call(module, *flags, code=code)
-            assert all(word in said for word in words) and len(said) < 400, said
-        else:
-            with pytest.raises(ZeroDivisionError):          # it keeps its traceback
-                module.main(flags)
+@pytest.mark.parametrize("module,advice,flags", [(train, "--grad-accum", TINY + NET), (
+    sample, "--batch-size", [RED, "--ckpt", "t2i.safetensors"])])
+@pytest.mark.parametrize("error,code,words", [
+    (MemoryError(), 2, ["out of memory", "{}"]), (OverflowError("too large"), 2, ["too large"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"), 2, ["out of memory", "{}"]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, ["{}"]),
+    (RecursionError(), 2, ["nested"]), (KeyboardInterrupt(), 130, ["stopped by Ctrl-C"]),
+    (OSError(28, "No space left on device", "x\x1b\n\u202ey"), 2, ["No space", "x? ?y"]),
+    (ValueError("a" * 10 ** 6), 2, ["aaa"]), (ZeroDivisionError("a bug"), None, [])])
+def test_one_door_out_of_main(here, monkeypatch, module, advice, flags, error, code, words):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(G, "pick_device", fail)
+    if code:
+        said = run(module, *flags, code=code)
+        assert all(word.format(advice) in said for word in words) and len(said) < 400, said
+    else:
+        with pytest.raises(ZeroDivisionError):              # it keeps its traceback
+            module.main(flags)
 
-# ---- Sampling ------------------------------------------------------------------------------------
+# ==== 9. sample.py, as its users run it ===========================================================
 
 def sampler_of(*flags, ckpt="t2i.safetensors"):
     """A Sampler of four steps (or as the flags say)."""
@@ -2149,66 +1749,54 @@ def drawn(*flags, ckpt="t2i.safetensors", prompt=RED):
     """What it draws of a prompt from seed 0: (F, H, W, 3)."""
     return sampler_of(*flags, ckpt=ckpt)([prompt], [0])[0].astype(int)
 
-def round_trip(path):
-    """A picture as the tiny autoencoder gives it back."""
-    vae = G.build_vae(G.load_checkpoint("vae.safetensors"))
-    x = G.to_float(np.asarray(Image.open(path))[None, None])
-    return G.to_uint8(vae.decode(vae.encode(x)))[0, 0].astype(int)
+def near(a, b, by=1):
+    """Equal up to the rounding of another batch size."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= by
 
-def reading(words, spec="small", stage="t2i", **more):
-    """`random_state` with another vocabulary, and a text encoder that fits it."""
-    state, text = random_state(stage), {"spec": spec, "vocabulary": words, "dim": 32}
-    config = G.from_file(G.GenTronConfig, state["config"])
-    net = randomised(G.Net(G.GenTron(config), G.TextEncoder(**text), None))
-    return {**state, "text": text, "ema": net.state_dict(), **more}
-
-def test_every_printed_command_has_flags_that_exist_and_sampling_ones_run(here):
-    """Of the README and the docstrings; a tiny model stands wherever one names a checkpoint."""
-    commands = []
-    for name in ("README.md", "train.py", "sample.py", "data.py"):
-        text = (HERE / name).read_text("utf-8")
-        text = text if name == "README.md" else ast.get_docstring(ast.parse(text))
-        commands += [(script, shlex.split(rest, comments=True)) for script, rest in re.findall(
-            r"(?:python|torchrun \S+) (train|sample|data)\.py([^`\n&|]*)", text.replace("\\\n", " "))]
-    words = sorted({*D.vocabulary(), *(w for _, fl in commands for f in fl for w in G.split_words(f))})
-    state = reading(words, stage="t2v", flags={"p_first_frame": 0.1})
-    os.makedirs("runs/t2v")
-    G.save_checkpoint("runs/t2v/ema.safetensors", state)
-    for script, flags in commands:
-        for flag, value in zip(flags, flags[1:]):
-            path = Path(value)
-            if value.endswith(".safetensors"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                G.save_checkpoint(path, state)
-            elif flag in ("--init-image", "--mask", "--first-frame") and not path.exists():
-                Image.new("RGB", (32, 32), (200, 40, 40)).save(path)
-            elif flag == "--prompts":
-                path.write_text("a red circle\na blue star\n")
-        if script == "sample":
-            few = ["--n", "1"] if {"--bench", "--compare"} & {*flags} else []
-            call(sample, *flags, "--steps", "2", *few)
-            shutil.rmtree("samples", ignore_errors=True)
-        else:
-            {"train": train, "data": D}[script].parser().parse_args(flags)
-    count = Counter(script for script, _ in commands)
-    assert count["sample"] >= 12 and count["train"] >= 8 and count["data"] >= 1
+@contextlib.contextmanager
+def network_inputs(net, *names):
+    """A list that grows by the network's (z, t), or by other arguments of these names, a call."""
+    seen, names = [], names or ("z", "t")
+    bind = partial(inspect.signature(G.GenTron.forward).bind, None)
+    hook = net.model.register_forward_pre_hook(lambda model, inputs, more: seen.append(
+        [bind(*inputs, **more).arguments.get(name) for name in names]), with_kwargs=True)
+    yield seen
+    hook.remove()
 
 def test_seed_and_prompt_decide_a_picture_and_its_neighbours_do_not(here):
     flags = ["--per-prompt", "2", "--steps", "3", "--ckpt", "t2i.safetensors"]
     Path("p.txt").write_text("\ufeffa blue star\n\n  a red circle \n", "utf-8")
-    said = call(sample, RED, "--prompts", "p.txt", *flags, "--batch-size", "4", "--out", "many/")
+    said = run(sample, RED, "--prompts", "p.txt", *flags, "--batch-size", "4", "--out", "many/")
     assert said.startswith("t2i.safetensors: t2i, step 3")  # which checkpoint draws
-    call(sample, RED, *flags, "--out", "few")
-    call(sample, RED, "--seed", "1", *flags[2:], "--out", "one/")
+    run(sample, RED, *flags, "--out", "few")
+    run(sample, RED, "--seed", "1", *flags[2:], "--out", "one/")
     many, few, one = ([np.asarray(Image.open(path), int) for path in sorted(Path(d).glob("*.png"))]
                       for d in ("many", "few", "one"))
     assert len(many) == 6 and many[0].shape == (32, 32, 3)
-    for a, b in ((many[0], few[0]), (many[1], few[1]), (many[1], one[0])):
-        assert abs(a - b).max() <= 1                        # a batch may round up
-    assert abs(many[0] - many[1]).max() > 5 and abs(many[0] - many[4]).max() > 5
+    assert near(many[0], few[0]) and near(many[1], few[1]) and near(many[1], one[0])
+    assert not near(many[0], many[1], 5) and not near(many[0], many[4], 5)
     assert D.Folder("many").captions == [RED] * 2 + ["a blue star"] * 2 + [RED] * 2
     rows = [json.loads(row) for row in Path("many/captions.jsonl").read_text().splitlines()]
     assert rows[2] == {"file": "00002.png", "caption": "a blue star"}
+
+@pytest.mark.parametrize("sampler", G.SAMPLERS)
+def test_a_clip_is_its_own_and_a_pictures_caption_is_a_still(here, sampler):
+    prompts, seeds = [LEFT, RED, "a blue star growing", "a pink ring"], [5, 6, 7, 8]
+    flags = ["--motion", "1.2", "--sampler", sampler, "--frames"]
+    draw = lambda frames, order, *more: sampler_of(*flags, frames, *more, ckpt="t2v.safetensors")(
+        [prompts[k] for k in order], [seeds[k] for k in order]).astype(int)
+    clips, stills = draw(3, range(4)), draw(1, range(4))
+    assert clips.shape == (4, 3, 32, 32, 3) and clips.std() > 10 and not near(*clips[0][:2], 3)
+    for order in ([0], [2], [3, 0, 1, 2]):
+        assert near(draw(3, order, "--batch-size", 2), clips[order])
+    for k in (1, 3):                                        # among clips that move
+        assert (clips[k] == clips[k][:1]).all() and near(clips[k][:1], stills[k])
+    seeds[0], prompts[2] = 6, "two pink rings and three stars"          # either one matters
+    assert not near(draw(3, [0]), clips[:1], 3) and not near(draw(3, [2]), clips[2:3], 3)
+    off = sampler_of("--frames", 3, "--motion", "off", ckpt="t2v.safetensors")
+    with network_inputs(off.net, "motion") as heard:        # off in every branch
+        off([LEFT], [0])
+    assert len(heard) == 4 and not any(motion.any() for motion, in heard)
 
 def test_weights_sampler_steps_size_guidance_and_precision_all_matter(here):
     state = random_state("t2i")
@@ -2219,97 +1807,99 @@ def test_weights_sampler_steps_size_guidance_and_precision_all_matter(here):
         ["--sampler", "dpm++"], ["--negative", "red"], ["--precision", "bf16"])]
     assert len({way.tobytes() for way in ways}) == len(ways)
     assert np.array_equal(ways[0], drawn("--ema")) and abs(ways[0] - ways[-1]).mean() < 8
-    assert "fp32" in call(sample, RED, "--ckpt", "t2i.safetensors", "--device", "cpu")
+    assert "fp32" in run(sample, RED, "--ckpt", "t2i.safetensors", "--device", "cpu")
 
-def test_clips_are_written_as_gif_strip_folder_and_video(here, monkeypatch):
-    prompt = "a red circle moving left"
-    clips = D.truth(prompt, 0, (64, 64), 3)[None]
-    monkeypatch.setattr(sample.Sampler, "__call__", lambda *_, **__: clips)
-    flags = [prompt, "--frames", "3", "--ckpt", "t2v.safetensors", "--fps", "8", "--out"]
-    sheets = np.stack([D.contact_sheet(clips, [prompt], 1, frame=f) for f in range(3)]).astype(int)
-    for name in ("out.gif", "out.png", "clips/"):
-        call(sample, *flags, name)
-    with Image.open("out.gif") as image:
-        frames = [np.asarray(f.convert("RGB"), int) for f in ImageSequence.Iterator(image)]
-        times = [f.info["duration"] for f in ImageSequence.Iterator(image)]
-    assert sum(times) == pytest.approx(375, abs=10) and abs(np.stack(frames) - sheets).mean() < 3
-    assert Image.open("out.png").width > 3 * 128            # three frames in a row
-    assert D.Folder("clips", (64, 64), 3, 8).captions == [prompt]
-    with monkeypatch.context() as context:
-        context.setitem(sys.modules, "av", None)            # as if it were not installed
-        refused(sample, [*flags, "out.mp4"], "[video]")
-    pytest.importorskip("av")
-    Path("mine").mkdir()
-    call(sample, *flags, "mine/video.mp4")
-    h, w = (side // 2 * 2 for side in sheets.shape[1:3])    # a video's sides are even
-    back = D.Folder("mine", (h, w), 3, 8)[0][0]             # read by our reader
-    assert abs(back.astype(int) - sheets[:, :h, :w]).mean() < 3
-
-def test_a_pictures_caption_is_a_still_and_motion_off_is_off_everywhere(here):
-    prompts = [RED, "a red circle moving left", "a blue star"]
-    clips, stills = (sampler_of("--frames", n, "--motion", "1.2", "--batch-size", 2,
-                                ckpt="t2v.safetensors")(prompts, [0, 1, 2]) for n in (3, 1))
-    assert clips.shape == (3, 3, 32, 32, 3) and (clips[1][0] != clips[1][1]).any()
-    for k in (0, 2):                                        # among clips that move
-        assert (clips[k] == clips[k][:1]).all() and abs(clips[k].astype(int) - stills[k]).max() <= 1
-    off, heard = sampler_of("--frames", 3, "--motion", "off", ckpt="t2v.safetensors"), []
-    off.net.model.register_forward_pre_hook(lambda model, inputs, more: heard.append(
-        more.get("motion", inputs[3] if len(inputs) > 3 else None)), with_kwargs=True)
-    off(["a red circle moving left"], [0])
-    assert len(heard) == 4 and not any(motion.any() for motion in heard)
-
-def test_sample_py_takes_a_negative_prompt(here, monkeypatch):
+def test_a_negative_prompt_takes_the_place_of_the_null_text(here, monkeypatch):
     heard, read = [], G.TextEncoder.forward
     monkeypatch.setattr(G.TextEncoder, "forward",
                         lambda self, captions: heard.append(captions) or read(self, captions))
     plain, other = drawn(), drawn("--negative", "red")
-    assert np.array_equal(plain, drawn("--negative", "")) and not np.array_equal(plain, other)
+    assert np.array_equal(plain, drawn("--negative", "")) and not near(plain, other, 3)
     assert heard == [[RED, ""], [RED, "red"], [RED, ""]]
-    assert np.array_equal(drawn("--cfg", "1"), drawn("--cfg", "1", "--negative", "red"))
-    draw = ["a red circle moving left", "--steps", "1", "--negative", "red", "--ckpt",
-            "t2v.safetensors"]
-    for flags, useless in ((["--cfg", "1"], True), ([], False), (["--cfg", "1", "--frames", "2",
-                           "--motion", "1.3"], False), (["--cfg", "1", "--frames", "2"], True)):
-        assert ("--negative has no effect" in call(sample, *draw, *flags)) == useless, flags
+    one = drawn("--cfg", "1")       # with the prompt as negative, guidance has nothing to add
+    assert near(one, drawn("--cfg", "6", "--negative", RED), 2)
+    assert np.array_equal(one, drawn("--cfg", "1", "--negative", "red"))
+    draw = [LEFT, "--steps", "1", "--negative", "red", "--ckpt", "t2v.safetensors"]
+    clip = ["--cfg", "1", "--frames", "2"]
+    for flags, useless in ((clip[:2], True), ([], False), (clip, True),
+                           ([*clip, "--motion", "1.3"], False)):
+        assert ("--negative has no effect" in run(sample, *draw, *flags)) == useless, flags
 
-def test_pictures_and_clips_start_from_a_picture(here):
-    """Strength 0 is the picture after the autoencoder, 1 is no picture at all; a mask all white is
-    sampling, all black the picture; of half a mask each half is what it says."""
+@pytest.mark.parametrize("name", G.SAMPLERS)
+def test_pictures_and_clips_start_from_a_picture(here, name):
+    """Strength 0 is the picture after the autoencoder, 1 none of it. White is drawn anew; black is
+    kept to the last bit, and seen with each step's noise. A first frame is seen without noise."""
     Image.fromarray(D.truth(RED, 0, (32, 32))[0]).save("a.png")
-    for name, box in (("white", (0, 0, 32, 32)), ("black", (0, 0, 0, 0)), ("half", (16, 0, 32, 32))):
-        (mask := Image.new("L", (32, 32))).paste(255, box)
-        mask.save(f"{name}.png")
-    draw = lambda *flags: drawn("--init-image", "a.png", *flags, "--steps", 5)[0]
-    back, free = round_trip("a.png"), drawn("--steps", 5)[0]
-    assert np.array_equal(draw("--strength", 0), back) and np.array_equal(draw("--strength", 1), free)
+    for mask, left in (("white", 0), ("half", 16), ("black", 32)):
+        (image := Image.new("L", (32, 32))).paste(255, (left, 0, 32, 32))
+        image.save(f"{mask}.png")
+    vae = G.build_vae(G.load_checkpoint("vae.safetensors"))
+    image = vae.encode(G.to_float(np.asarray(Image.open("a.png"))[None, None]))
+    back, flags = G.to_uint8(vae.decode(image))[0, 0], ["--sampler", name, "--steps", 5]
+    draw = lambda *more: drawn("--init-image", "a.png", *flags, *more)[0]
+    free = drawn(*flags)[0]
+    assert np.array_equal(draw("--strength", 0), back)
+    assert np.array_equal(draw("--strength", 1), free)
     assert np.array_equal(draw("--mask", "white.png"), free)
     assert np.array_equal(draw("--mask", "black.png"), back)
     changes = [abs(draw("--strength", s) - back).mean() for s in (0.2, 0.8)]
     assert 0 < changes[0] < changes[1] and np.array_equal(draw(), draw("--strength", 0.6))
-    sampler, seen = sampler_of("--init-image", "a.png", "--mask", "half.png"), []
-    sampler([RED], [0], on_step=lambda t, z, z0: seen.append(z[..., :2] - sampler.given.image[..., :2]))
-    assert seen[-1].abs().max() == 0 and seen[0].abs().max() > 0.1      # known at z's noise level
-    for more in ([], ["--motion", "1.4"], ["--sampler", "dpm++"]):
-        clip = drawn("--frames", 3, *more, "--first-frame", "a.png", ckpt="t2v.safetensors",
-                     prompt="a red circle moving left")
-        assert abs(clip[0] - back).max() <= 1 and abs(clip[1] - back).mean() > 1
+
+    sampler, ends = sampler_of("--init-image", "a.png", "--mask", "half.png", *flags), []
+    with network_inputs(sampler.net) as seen:
+        sampler([RED], [0], on_step=lambda t, z, z0: ends.append(z - image))
+    start, schedule = noise(1, 1, 4, 4, 4, seed=0), sampler.net.schedule
+    assert not ends[-1][..., :2].any() and ends[-1][..., 2:].abs().max() > 0.1
+    assert [int(t[0]) for _, t in seen] == schedule.timesteps(5)
+    for z, t in seen:
+        known = schedule.q_sample(image, t[:1], start)[..., :2]
+        assert largest(z[:1, ..., :2], known) < 1e-6
+
+    plain = drawn("--frames", 3, *flags, ckpt="t2v.safetensors", prompt=LEFT)
+    sampler = sampler_of("--frames", 3, "--first-frame", "a.png", *flags, ckpt="t2v.safetensors")
+    with network_inputs(sampler.net) as seen:
+        clip = sampler([LEFT], [0])[0].astype(int)
+    assert len(seen) == 5 and all(torch.equal(z[:1, :1], image) for z, _ in seen)
+    assert near(clip[0], back) and not near(clip[0], clip[1], 3) and not near(clip[1], plain[1], 0)
     G.save_checkpoint("given.safetensors", random_state("t2v", flags={"p_first_frame": 0.1}))
-    for name, warned in (("t2v", True), ("given", False)):
-        said = call(sample, "a red circle moving left", "--frames", 2, "--steps", 1, "--ckpt",
-                    f"{name}.safetensors", "--first-frame", "a.png")
+    for ckpt, warned in (("t2v", True), ("given", False)):
+        said = run(sample, LEFT, "--frames", 2, "--steps", 1, "--ckpt", f"{ckpt}.safetensors",
+                   "--first-frame", "a.png")
         assert ("not trained with --p-first-frame" in said) == warned
+
+@pytest.mark.parametrize("fps", [4, 15, 30])
+def test_clips_are_written_as_files_that_read_back_frame_by_frame(here, monkeypatch, fps):
+    clip = D.truth(LEFT, 0, (64, 64), 30)
+    clip[10:14] = clip[10]                                  # a pause: a GIF stores one frame
+    monkeypatch.setattr(sample.Sampler, "__call__", lambda *_, **__: clip[None])
+    flags = [LEFT, "--frames", "30", "--ckpt", "t2v.safetensors", "--fps", fps, "--out"]
+    sheets = np.stack([D.contact_sheet(clip[None], [LEFT], 1, frame=f) for f in range(30)])
+    h, w = (side // 2 * 2 for side in sheets.shape[1:3])    # a video's sides are even
+    for name in ("a/out.gif", "strip/out.png", "clips/"):
+        run(sample, *flags, name)
+    with Image.open("a/out.gif") as image:
+        total = sum(frame.info["duration"] for frame in ImageSequence.Iterator(image))
+        assert image.info["loop"] == 0 and abs(total - 30_000 / fps) <= 10
+    assert Image.open("strip/out.png").width > 30 * 128     # all frames in a row
+    assert D.Folder("clips", (64, 64), 30, fps).captions == [LEFT]
+    pytest.importorskip("av")
+    run(sample, *flags, "b/out.mp4")
+    for folder, wanted, most in (("a", sheets[:, :h, :w], 3), ("clips", clip, 1),
+                                 ("b", sheets[:, :h, :w], 3)):
+        back = D.Folder(folder, wanted.shape[1:3], 30, fps)[0][0]
+        assert abs(back.astype(int) - wanted).mean() < most, folder
 
 # ---- The benchmark and comparisons ---------------------------------------------------------------
 
 def benched(*flags, ckpt="t2i.safetensors"):
     """sample.py --bench -> (bench.json, what it said)."""
-    said = call(sample, "--bench", "--ckpt", ckpt, "--steps", "2", *flags)
+    said = run(sample, "--bench", "--ckpt", ckpt, "--steps", "2", *flags)
     return json.loads(Path("bench.json").read_text()), said
 
 def test_the_bench_asks_fixed_prompts_that_the_model_can_read_whatever_the_batch(here):
-    shape = ["--n", "6", "--category", "shape"]
-    runs = [benched(*shape, *more)[0] for more in (["color"], ["--batch-size", "3"], ["--seed", "1"],
-                                                   ["--split", "unseen"])]
+    shape = ["--n", "6", "--category", "color", "shape"]
+    runs = [benched(*shape, *more)[0] for more in (["--category", "shape"], ["--batch-size", "3"],
+                                                   ["--seed", "1"], ["--split", "unseen"])]
     a, b, c, d = (record["categories"]["shape"] for record in runs)
     asked = lambda entry: [verdict["prompt"] for verdict in entry["verdicts"]]
     assert a == b and asked(a) == asked(c) == D.prompts("shape", 6) and a["verdicts"][0]["reasons"]
@@ -2317,12 +1907,20 @@ def test_the_bench_asks_fixed_prompts_that_the_model_can_read_whatever_the_batch
     assert {"sampler", "steps", "cfg", "seed", "weights", "checkpoint", "made", "size", "precision",
             "device", "torch"} <= runs[0].keys() and Path("bench.png").stat().st_size > 1000
     words = [word for word in D.vocabulary() if word not in ("star", "stars")]
-    G.save_checkpoint("young.safetensors", reading(words))
-    record, said = benched("--n", "20", "--category", "shape", ckpt="young.safetensors")
+    G.save_checkpoint("young.safetensors", random_state("t2i", words=words))
+    record, said = benched(*shape, "--n", "20", ckpt="young.safetensors")
     known = [prompt for prompt in D.prompts("shape", 20) if "star" not in prompt]
     assert asked(record["categories"]["shape"]) == known and 0 < len(known) < 20
     assert f"shape: {20 - len(known)} of 20 sentences are left out" in said
-    G.save_checkpoint("young.safetensors", reading(["pug"], "labels"))
+    many, table = benched(*shape, "--cfg", "1,4")           # a row each
+    assert [record["cfg"] for record in many] == [1, 4] and many[1]["categories"]["shape"] == a
+    titles, *rows = [len(line.replace("95 %", "95%").split()) for line in table.splitlines()
+                     if {"category", "shape"} & {*line.split()}]
+    assert rows == [titles] * 2                             # no two columns have grown together
+    low, high = sample.wilson(50, 100)                      # by hand
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert sample.wilson(0, 9)[0] == 0 and sample.wilson(9, 9)[1] == pytest.approx(1)
+    G.save_checkpoint("young.safetensors", random_state("t2i", words=["pug"], spec="labels"))
     refused(sample, ["--bench", "--ckpt", "young.safetensors"], "no sentence")
 
 def blank(self, prompts, *_, **__):
@@ -2337,40 +1935,12 @@ def test_the_bench_gives_a_perfect_sampler_all_and_a_blank_one_nothing(here, mon
     for draw, scores in ((perfect, right), (blank, wrong)):
         monkeypatch.setattr(sample.Sampler, "__call__", draw)
         for frames in (4, 1):
-            record, _ = benched("--n", "5", "--frames", frames, ckpt="t2v.safetensors")
+            record, _ = benched("--n", "3", "--frames", frames, ckpt="t2v.safetensors")
             scores |= {k: entry["score"] for k, entry in record["categories"].items()}
     assert right.keys() == {*D.CATEGORIES, "numeracy", *D.CLIP_CATEGORIES}
     assert np.mean(list(right.values())) >= 0.98 and not any(wrong.values()), (right, wrong)
-    assert max(e["ceiling"] for e in record["categories"].values()) < 0.5    # of a random autoencoder
-    assert record["mean"] == 0
-
-def test_bench_sweeps_flags_a_row_each_in_columns_of_their_own(here):
-    flags = ["--n", "2", "--steps", "1", "--frames", "3", "--category", "motion", "--motion"]
-    many, table = benched(*flags, "off,1,1.3", ckpt="t2v.safetensors,t2v.safetensors")
-    assert [r["motion"] for r in many] == [None, 1, 1.3] * 2
-    titles = next(line for line in table.splitlines() if "category" in line.split())
-    titles = titles.replace("95 %", "95%").split()
-    rows = [line.split() for line in table.splitlines() if line.split()[1:2] == ["motion"]]
-    assert [row[0] for row in rows] == ["off", "1", "1.3"] * 2
-    for row in rows:                                        # "98.090..100" would be one word
-        assert len(row) == len(titles) and row[titles.index("n")] == "2"
-    assert benched(*flags, "1.3", ckpt="t2v.safetensors")[0] == many[2]
-    low, high = sample.wilson(50, 100)                      # by hand
-    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
-    assert sample.wilson(0, 9)[0] == 0 and sample.wilson(9, 9)[1] == pytest.approx(1)
-
-def test_compare_counts_wins_draws_and_losses(here, monkeypatch):
-    a, b = [True, True, True, False, False, True], [True, False, False, True, False, True]
-    Path("p.txt").write_text("\n".join(D.prompts("color", 6)))
-    [shutil.copy("t2i.safetensors", f"{k}.safetensors") for k in "AB"]
-    for one, two, counts in ((a, b, (2, 3, 1)), (b, a, (1, 3, 2)), (a, a, (0, 6, 0))):
-        truth = {"A": iter(one), "B": iter(two)}
-        monkeypatch.setattr(sample.Sampler, "__call__", lambda self, prompts, seeds, *_, **__: np.stack(
-            [D.truth(p, s) if next(truth[self.path[0]]) else blank(self, [p])[0]
-             for p, s in zip(prompts, seeds)]))
-        call(sample, "--compare", "A.safetensors", "B.safetensors", "--prompts", "p.txt")
-        assert json.loads(Path("study.json").read_text())["rows"]["all"] == {
-            "n": 6, **dict(zip(("win", "draw", "lose"), counts))}
+    ceilings = [entry["ceiling"] for entry in record["categories"].values()]
+    assert max(ceilings) < 0.5 and record["mean"] == 0      # of a random autoencoder
 
 def test_compare_draws_with_checkpoints_and_reads_folders_of_any_system(here):
     """Pictures named alike; captions in either folder; what has no namesake is left out."""
@@ -2378,22 +1948,22 @@ def test_compare_draws_with_checkpoints_and_reads_folders_of_any_system(here):
         text = Path(page).read_text("utf-8")
         assert text.count("</script>") == 1                 # no caption closes it
         return json.JSONDecoder().raw_decode(text[text.index("STUDY = ") + len("STUDY = "):])[0]
-    call(sample, "--compare", "t2i.safetensors", "t2v.safetensors", "--n", "1", "--steps", "1",
-         "--category", "color", "spatial")
-    assert json.loads(Path("study.json").read_text())["rows"].keys() == {"color", "spatial", "all"}
-    assert len(study("study.html")["pairs"]) == 2
+    run(sample, "--compare", "t2i.safetensors", "t2v.safetensors", "--n", 1, "--steps", 1)
+    rows = json.loads(Path("study.json").read_text())["rows"]
+    assert rows.keys() == {*D.CATEGORIES, "numeracy", "all"} and rows["all"]["n"] == 7
+    assert len(study("study.html")["pairs"]) == 7
     prompts = [*D.prompts("pair", 3), "</script><script>alert(1)</script>"]
     for name, wrong in (("ours", (3,)), ("theirs", (1, 3))):
-        Path(name).mkdir()
         for k, prompt in enumerate(prompts):
-            clip = D.truth(prompts[0] if k in wrong else prompt, k)
-            Image.fromarray(clip[0]).save(f"{name}/{k}.png")
-            if name == "ours":
-                Path(f"{name}/{k}.txt").write_text(prompt)
-    Image.new("RGB", (64, 64)).save("theirs/alone.png")
-    call(sample, "--compare", "ours", "theirs", "--out", "b.html", "--json", "b.json")
+            picture = Image.fromarray(D.truth(prompts[0] if k in wrong else prompt, k)[0])
+            put(f"{name}/{k}.png", picture, prompt if name == "ours" else None)
+    put("theirs/alone.png", one(0))
+    run(sample, "--compare", "ours", "theirs", "--out", "b.html", "--json", "b.json")
     page, rows = study("b.html"), json.loads(Path("b.json").read_text())["rows"]
     assert rows["all"] == {"n": 3, "win": 1, "draw": 2, "lose": 0}
+    run(sample, "--compare", "theirs", "ours", "--out", "c.html", "--json", "c.json")
+    rows = json.loads(Path("c.json").read_text())["rows"]
+    assert rows["all"] == {"n": 3, "win": 0, "draw": 2, "lose": 1}
     assert {pair["prompt"]: pair for pair in page["pairs"]}.keys() == {*prompts}
     assert page["names"] == {"a": "ours", "b": "theirs"} and len(page["id"]) == 8
     source = {pair["prompt"]: pair["a"] for pair in page["pairs"]}[prompts[1]]
@@ -2402,29 +1972,20 @@ def test_compare_draws_with_checkpoints_and_reads_folders_of_any_system(here):
 
 # ---- Looking inside ------------------------------------------------------------------------------
 
-@pytest.fixture
-def sheets(monkeypatch):
-    """Each call of D.contact_sheet: (cells, labels, columns)."""
-    kept, sheet = [], D.contact_sheet
-    monkeypatch.setattr(D, "contact_sheet", lambda clips, labels, n, *a, **more: kept.append(
-        (list(clips), labels, n)) or sheet(clips, labels, n, *a, **more))
-    return kept
-
 def test_the_strip_shows_the_way_to_the_picture(here, sheets):
     """Rows: z, the network's own z0, the guided z0, whose last is the picture that `draw` makes."""
     flags = ["--steps", "5", "--ckpt", "t2i.safetensors", "--sampler", "ddim"]
-    call(sample, RED, "a blue star", *flags, "--strip")
-    call(sample, RED, "a blue star", *flags, "--out", "pictures/")
+    run(sample, RED, "a blue star", *flags, "--strip")
+    run(sample, RED, "a blue star", *flags, "--out", "pictures/")
     cells, labels, columns = sheets[0]
+    times = [int(re.search(r"t = (\d+)", label)[1]) for label in labels[:5]]
     assert len(cells) == 2 * 3 * 5 and columns == 5 and "blue star" in " ".join(labels)
+    assert times == sorted(times, reverse=True)
     for k in (0, 1):
         picture = np.asarray(Image.open(f"pictures/0000{k}.png"), int)
         rows = [np.squeeze(np.asarray(cell)).astype(int) for cell in cells[15 * k:15 * k + 15]]
-        assert abs(rows[14] - picture).max() <= 1 and abs(rows[9] - picture).max() > 1
-        assert abs(rows[0] - rows[4]).max() > 1
-    times = [int(re.search(r"t = (\d+)", label)[1]) for label in labels[:5]]
-    assert times == sorted(times, reverse=True)
-    call(sample, RED, *flags, "--strip", "--cfg", "1")
+        assert near(rows[14], picture) and not near(rows[9], picture) and not near(rows[0], rows[4])
+    run(sample, RED, *flags, "--strip", "--cfg", "1")
     assert len(sheets[-1][0]) == 2 * 5                      # unguided is guided: two rows
 
 def test_attention_is_what_the_model_uses_and_sums_to_one(here, sheets):
@@ -2434,93 +1995,27 @@ def test_attention_is_what_the_model_uses_and_sums_to_one(here, sheets):
     assert words[-7:] == prompt.split() and maps.shape == (4, len(words), 2, 2)
     assert largest(maps.sum(1), torch.ones_like(maps.sum(1))) < 1e-5 and maps.std(1).mean() > 1e-3
     assert (picture == sampler([prompt], [0])[0]).all()     # listening changes nothing
-    # weights x values, a head at a time, is the output of the model's own attention
-    cross = sampler.net.model.blocks[0].cross
-    x, y = noise(1, 5, cross.q.in_features), noise(1, 7, cross.kv.in_features)
-    (k, v), mask = cross.keys_values(y), torch.tensor([[True] * 4 + [False] * 3])
-    one = lambda h: SimpleNamespace(q=cross.q, q_norm=lambda q: q[:, h:h + 1], split=cross.split)
-    heads = [sample.attend(one(h), x, k[:, h:h + 1], mask) for h in range(cross.heads)]
-    ours = cross.out(torch.cat([w @ v[:, h] for h, w in enumerate(heads)], -1))
-    assert largest(ours, cross(x, (k, v), mask)) < 1e-5
-    assert largest(sample.attend(cross, x, k, mask), sum(heads) / len(heads)) < 1e-6
-    call(sample, "a blue star", "--attention", "--steps", "4", "--ckpt", "t2i.safetensors")
+    # With one head: weights x values is the output of the model's own attention
+    cross = randomised(G.Attention(32, 1, 24), std=0.3)
+    x, y, mask = noise(1, 5, 32), noise(1, 7, 24), torch.tensor([[True] * 4 + [False] * 3])
+    weights, (k, v) = sample.attend(cross, x, cross.keys_values(y)[0], mask), cross.keys_values(y)
+    assert largest(cross.out(weights @ v[:, 0]), cross(x, (k, v), mask)) < 1e-5
+    run(sample, "a blue star", "--attention", "--steps", "4", "--ckpt", "t2i.safetensors")
     cells, labels, columns = sheets[0]
     assert len(cells) == 4 * columns and "blue" in " ".join(labels)     # three words and the start
     shares = [int(re.search(r"(\d+) %", label)[1]) for label in labels[columns - 1::columns]]
     assert 97 <= sum(shares) <= 103
 
-# ---- The shipped models --------------------------------------------------------------------------
+# ==== 10. Bad input: one line that names the thing, code 2, nothing written =======================
 
-NANO, SHIPPED_VAE = HERE / "assets/nano.safetensors", HERE / "assets/vae.safetensors"
-# Shares that must be right: of 20 prompts a category (10 of clips), with room for so few; and, of
-# 60 true pictures after the autoencoder, each category's ceiling
-FLOORS = {"color": 0.6, "spatial": 0.6, "texture": 0.3, "motion": 0.7, "identity": 0.6}
-CEILINGS = {"shape": 0.95, "spatial": 0.95, "texture": 0.85, "numeracy": 0.85}
-GOLDEN = [RED, "a green star", "a blue ring", "a yellow triangle"]
-needs_nano = pytest.mark.skipif(not NANO.exists(), reason="no assets/nano.safetensors here")
-
-@needs_nano
-def test_the_shipped_model_draws_what_it_drew():
-    """When a new model ships: Image.fromarray(np.concatenate(pictures)).save("assets/golden.png")."""
-    pictures = sampler_of("--steps", 25, ckpt=str(NANO))(GOLDEN, range(4))[:, 0]
-    golden = np.asarray(Image.open(HERE / "assets/golden.png")).reshape(pictures.shape)
-    assert np.percentile(abs(pictures.astype(int) - golden), 99) <= 2   # (a CPU may round otherwise)
-    assert all(D.judge(picture, prompt) for picture, prompt in zip(pictures, GOLDEN))
-
-@needs_nano
-@pytest.mark.parametrize("category", [c if c not in D.CLIP_CATEGORIES else pytest.param(
-    c, marks=slow) for c in FLOORS])
-def test_the_shipped_model_scores_above_its_floor(tmp_path, monkeypatch, category):
-    monkeypatch.chdir(tmp_path)
-    clips = ["--frames", "8", "--n", "10"] if category in D.CLIP_CATEGORIES else ["--n", "20"]
-    record, _ = benched("--steps", "25", "--category", category, *clips, ckpt=NANO)
-    assert record["categories"][category]["score"] >= FLOORS[category]
-
-@slow
-@needs_nano
-def test_two_things_that_cross_keep_their_colours():
-    prompt = "a red circle moving right and a blue square moving left"
-    clips = sampler_of("--frames", "8", "--steps", 25, ckpt=str(NANO))([prompt] * 4, range(4))
-    assert sum(D.judge(clip, prompt).parts["identity"] for clip in clips) >= 3
-
-@pytest.mark.skipif(not SHIPPED_VAE.exists(), reason="no assets/vae.safetensors here")
-def test_the_shipped_autoencoder_keeps_what_the_judge_reads():
-    vae = G.build_vae(G.load_checkpoint(SHIPPED_VAE))
-    for category, ceiling in CEILINGS.items():
-        captions = D.prompts(category, 60)
-        z = vae.encode(G.to_float(np.stack([D.truth(caption, 99) for caption in captions])))
-        right = [bool(D.judge(*pair)) for pair in zip(G.to_uint8(vae.decode(z)), captions)]
-        assert np.mean(right) >= ceiling, f"{category}: {np.mean(right):.2f}"
-        assert z.mean().abs() < 0.3 and 0.7 < z.std() < 1.3
-    assert sum(p.stat().st_size for p in (HERE / "assets").glob("*.safetensors")) < 45e6
-
-@slow
-@pytest.mark.parametrize("kind", ["captions", "classes", "bare"])
-def test_a_folder_of_ones_own_pictures_from_autoencoder_to_sample(here, kind):
-    """The README's three commands: captions beside the pictures, class folders, or none."""
-    pictures("mine", 60, classes=("corgi", "pug") if kind == "classes" else ())
-    [path.unlink() for path in Path("mine").glob("*.txt") if kind == "bare"]
-    Path("mine/broken.png").write_text("no picture")
-    labels = ["--text", "labels", "--conditioning", "adaln"] if kind == "classes" else []
-    data = ["--data", "mine", "--batch-size", "8", "--workers", "1", "--size", "32x48"]
-    run("train.py", "--stage", "vae", *data, "--steps", "3", cwd=here)
-    said = run("train.py", *TINY, *data, *labels, "--steps", "3", "--vae",
-               "runs/vae/ema.safetensors", cwd=here).stdout
-    assert "60 pictures" in said and "broken.png" in said and "held out" in said
-    asked = {"captions": "noise number n7", "classes": "pug", "bare": ""}[kind]
-    assert "runs/t2i/ema.safetensors" in run("sample.py", asked, "--steps", "2", cwd=here).stdout
-    assert kind == "bare" or "vocabulary" in run("sample.py", "poodle", cwd=here, code=2).stderr
-
-# ---- Bad input: one line that names the thing, code 2, nothing written ---------------------------
-
+SCRIPTS = {"train": train, "sample": sample, "data": D}
+# script and flags | what the line must contain
 BAD = """
-train --nonsense | nonsense                      || train --siz 64 | --siz
 train --width 100 --heads 3 | heads              || train --size 60 | divisible 16
 train --steps 10000000000000000000 | --steps     || train --batch-size 400000000 | --batch-size
 train --grad-accum 3 | --grad-accum              || train --frames 8 | t2v
 train --stage t2v --frames 1 | t2i               || train --data nowhere | nowhere
-train --data empty | empty                       || train --data broken.txt | broken.txt
-train --data few --text labels | folders         || train --vae broken.safetensors | broken.s
+train --data empty | empty                       || train --data few --text labels | folders
 train --vae gone.safetensors | gone.s            || train --vae old.pt | .pt again
 train --init gone.safetensors | gone.s           || train --init vae.safetensors | autoencoder
 train --init t2v.safetensors | t2v               || train --init raw.safetensors | raw.s fit
@@ -2530,18 +2025,16 @@ train --vae nobody/nothing | pip hf              || train --objective eps | cosi
 train --objective v --schedule straight | flow   || train --out /proc/nowhere/run | /proc
 train --out broken.txt | broken.txt              || train --out /dev/null | /dev/null
 train --fsdp | torchrun                          || train --stage vae --compile | vae
-train --stage encode --dry-run | encode          || train --stage encode --data few --text clip | pip
+train --stage encode --dry-run | encode          || train --data few --frames 2 | t2v
+train --stage encode --data few --text clip | pip
 train --stage t2v --data few --init t2i.safetensors --frames 2 | --image-data
 sample | no prompt                               || sample --prompts gone.txt | gone.txt
 sample --prompts blank.txt | no prompt           || sample --prompts binary.txt | UTF-8
 sample --prompts few | few                       || sample 'a rde circle' | rde red
-sample R --nonsense | nonsense                   || sample R --out out.tiff | .tiff
 sample R --out /proc/x/out.png | /proc/x         || sample R --out few/ | few
 sample R --ckpt gone.safetensors | gone.s        || sample R --ckpt vae.safetensors | vae EMA
-sample R --ckpt broken.safetensors | broken.s    || sample R --ckpt old.pt | old.pt again
 sample R --frames 8 | video                      || sample R --size 60 | --size 16
 sample R --raw | raw                             || sample R --cfg 1,2 | --bench
-sample --bench R | prompts                       || sample --bench --cfg 1,x | --cfg
 sample --bench --json /proc/x/a.json | /proc/x   || sample --bench --json a.png | a.png
 sample R --strip --out out.gif | .png            || sample R --attention --cfg 0 | --cfg
 sample R --strip --attention | not allowed       || sample R --device abacus | abacus
@@ -2554,22 +2047,20 @@ sample R --first-frame m.png | --frames          || sample R --negative 'a rde' 
 sample R --init-image m.png --frames 2 --ckpt t2v.safetensors | --frames
 sample --bench --first-frame m.png --frames 2 | --first-frame
 sample LONG | characters                         || sample R --ckpt nan.safetensors | finite
-sample R --ckpt newer.safetensors | newer        || data | --preview
-data --preview out.tiff | .tiff                  || data --preview out.png --data gone | gone
-data --preview /proc/x/a.png | /proc/x           || data --preview few/00.png --data few | few/00.png
+train --siz 64 | --siz                           || sample R --out out.tiff | .tiff
+sample --bench R | prompts                       || sample R --ckpt newer.safetensors | newer
+data | --preview                                 || data --preview out.png --data gone | gone
+data --preview out.txt | .txt                    || data --preview /proc/x/a.png | /proc/x
+data --preview few/00.png --data few | few/00.png
 """
-SCRIPTS = {"train": train, "sample": sample, "data": D}
 
 def bad_inputs():
     """Files to go wrong with, in the working folder."""
-    pictures("few", 3), pictures("other", 2), Path("empty").mkdir()
-    [path.rename(path.with_name(f"x{path.name}")) for path in Path("other").iterdir()]
-    for name, data in (("broken.safetensors", b"no checkpoint"), ("broken.txt", b"no picture"),
-                       ("old.pt", b"PK\3\4" + bytes(99)), ("blank.txt", b"\n \n"),
-                       ("binary.txt", b"\xff\xfe\0red"), ("newer.safetensors", Path(
+    pictures("few", 3), put("other/x.png", one(0), "x"), put("m.png", one(0)), os.mkdir("empty")
+    for name, data in (("broken.txt", b"no picture"), ("old.pt", b"PK\3\4" + bytes(99)),
+                       ("blank.txt", b"\n"), ("binary.txt", b"\xff\0"), ("newer.safetensors", Path(
                            "t2i.safetensors").read_bytes().replace(b'"depth', b'"dephh'))):
         Path(name).write_bytes(data)
-    Image.new("L", (32, 32)).save("m.png")
     state = random_state("t2i")
     G.save_checkpoint("raw.safetensors", {**state, "ema": {}})
     state["vae"]["weights"]["std"].fill_(7.25)              # not finite: all bits of the exponent
@@ -2583,181 +2074,186 @@ def files_here():
     return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in Path().rglob("*")
             if not path.is_dir() and path.name != ".lock"}
 
-def one_bad(name, flags, words):
-    """Runs a case -> what is wrong with how it ended, or None."""
-    before, fault = files_here(), None
-    more = {"train": [*TINY, *([] if {"--vae", "--init"} & {*flags} else NET), "--steps", "1"],
-            "sample": [] if {"--ckpt", "--compare"} & {*flags} else ["--ckpt", "t2i.safetensors"]}
+def fault_of(script, flags, words=None, ours=()):
+    """Runs a case -> what is wrong with how it ended, or None. words: what its one line of error
+    must hold; None: it may also succeed. Only in `ours` may anything be written."""
+    before, fault, said = files_here(), "", ""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs")), signal.alarm(200)
     try:
-        refused(SCRIPTS[name], [*more.get(name, []), *flags], *words)
-    except BaseException as error:  # noqa: BLE001 - all cases are tried before one is reported
-        fault = str(error)[-300:]
-    changed = before.items() ^ files_here().items()
-    shutil.rmtree("runs", ignore_errors=True)
-    return f"{name} {flags}: {fault}, {changed}"[:500] if fault or changed else None
+        said = run(script, *flags, code=(0, 2) if words is None else 2)
+        line = (said.splitlines() or [""])[-1]
+        fault = said[-250:] if "precious" in said or any(w not in line for w in words or ()) else ""
+    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - all cases are tried first
+        fault = f"{error!r:.300}"
+    signal.alarm(0)
+    changed = {path for path, _ in before.items() ^ files_here().items()
+               if path.parts[0] not in ours and (path in before or "error: " in said)
+               or ".tmp" in path.name and path not in before}
+    return f"{script.__name__} {flags}: {fault} {changed}"[:600] if fault or changed else None
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_bad_input_is_one_line_with_code_2_and_nothing_written(here, script):
     bad_inputs()
-    cases, long = [case.split("|") for case in BAD.replace("\n", "||").split("||") if case.strip()], {
-        "R": RED, "LONG": "a " * 3000}
-    cases = [([long.get(f, f) for f in shlex.split(flags)], words.split()) for flags, words in cases]
-    cases = [(flags[1:], words) for flags, words in cases if flags[0] == script]
-    for a in SCRIPTS[script].parser()._actions:             # every number, and every choice
-        if a.option_strings and a.nargs != 0 and a.dest != "ckpt" and (a.choices or a.type):
-            cases += [(["x"] * (script == "sample") + [f"{a.option_strings[0]}={value}"],
-                       [a.option_strings[0]])
+    wrong, cases, prompt = [], [], ["x"] * (script == "sample")
+    for row in filter(str.strip, BAD.replace("\n", "||").split("||")):
+        flags, words = row.split("|")
+        name, *flags = ({"R": RED, "LONG": "a " * 3000}.get(f, f) for f in shlex.split(flags))
+        cases += [(flags, words.split())] * (name == script)
+    every = [a for a in SCRIPTS[script].parser()._actions if a.option_strings]
+    for a in every:                                         # every number, and every choice
+        if a.nargs != 0 and a.dest != "ckpt" and (a.choices or a.type):
+            cases += [([*prompt, f"{a.option_strings[0]}={value}"], [a.option_strings[0]])
                       for value in ("x", "", "-99", "nan", "1e999", "9" * 400, "1,x", "٣٫")]
-    wrong = [fault for case in cases if (fault := one_bad(script, *case))]
-    assert not wrong, "\n".join([f"{len(wrong)} of the cases:", *wrong])
+    # Two odd flags at once may also succeed. A seed a case, so each can be made again.
+    odd = ("x", "-1", "0", "2", "0.5", "9" * 30, "1,2", "off", "--", "\0", "../..", "/proc/x/y",
+           "\u202e.png", "a" * 300, "meta", "out.gif", "-", "16x8")
+    every = [a for a in every if a.dest not in ("help", "text", "vae", "preset", "benchmark",
+                                                "fsdp", "compile", "frames", "per_prompt")]
+    for luck in map(random.Random, range(40)):
+        flags = prompt.copy()
+        for a in luck.sample(every, 2):
+            n = {0: 0, 2: 2, "+": 2}.get(a.nargs, 1)
+            flags += [a.option_strings[0], *luck.choices([*odd, *(a.choices or ())], k=n)]
+        cases.append(([*flags, *([] if script == "data" else ["--steps=1", "--device=cpu"])], None))
+    for flags, words in cases:
+        own = NET if not {"--vae", "--init"} & {*flags} else []
+        more = {"train": [*TINY, *own, "--steps", "1"], "data": [], "sample": [] if {
+            "--ckpt", "--compare"} & {*flags} else ["--ckpt", "t2i.safetensors"]}
+        old = {path.name for path in Path().iterdir()}
+        wrong.append(fault_of(SCRIPTS[script], [*more[script], *flags], words))
+        for new in {path.name for path in Path().iterdir()} - old:
+            shutil.rmtree(new) if Path(new).is_dir() else os.remove(new)
+    assert not any(wrong), "\n".join(filter(None, wrong))
 
-# ---- Hostile files: nothing hangs, fills memory, leads outside or overwrites what is not ours ----
+# ==== 11. Hostile files: nothing hangs, fills memory, leads outside, overwrites what is not ours ==
 
-def tampered(change, path="bad.safetensors", of="t2i.safetensors"):
-    """A copy of a checkpoint with another header: change(header, facts) edits it in place. The
-    checksum stays right, as an attacker would have it."""
-    data = Path(of).read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + length])
-    about = json.loads(header["__metadata__"]["gentron"])
-    change(header, about["facts"])
-    header["__metadata__"]["gentron"] = json.dumps(about)
-    text = json.dumps(header).encode()
-    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+# What a fact may be, and what the header may wrongly say of the first tensor, a (4, 1, 1) of F32
+ODD = (..., None, True, -1, 0, 10 ** 9, math.nan, "small+" * 99, "evil", [], ["x"], [0, 0],
+       [10 ** 9] * 2, 99, {}, {"novel": 1}, {"model.final.bias": "x"})
+ENTRIES = (*(("data_offsets", x) for x in ([0, 12], [8, 16], [0, 2 ** 40], [-16, 0], "a", [0, 20])),
+           *(("dtype", x) for x in ("F16", "I64", [1], None)), ("shape", [-4, -1, 1]),
+           ("shape", [0]), ("shape", [2 ** 62] * 2), ("shape", [1, 4, 1, 1]), ("shape", 4),
+           ("shape", [4.0, 1, 1]), ("shape", [True, 4, 1]))
 
-def fact(path, *value):
-    """For `tampered`: sets an entry of the facts by its dotted path; without a value removes it."""
-    def change(_, facts):
-        *parents, name = path.split(".")
-        for parent in parents:
-            facts = facts[parent]
-        facts.update({name: value[0]}) if value else facts.pop(name)
-    return change
-
-def entry(field, value):
-    """For `tampered`: sets a field of one tensor's entry in the header."""
-    return lambda header, _: header["ema/model.patch.bias"].update({field: value})
-
-LIES = [fact(*lie) for lie in (
-    ("config.width", 10 ** 9), ("config.depth", 10 ** 6), ("config.depth", "2"), ("config.heads", 0),
-    ("config.depth", 99), ("config.evil", 1), ("config.text_dims", [10 ** 9]), ("config", [1]),
-    ("config",), ("config.conditioning", "x"), ("config.in_channels", 5), ("text.dim", 65536),
-    ("config.patch_size", 32), ("text.spec", "none+small"), ("text.spec", "small+" * 99),
-    ("text.vocabulary", ["red"]), ("text.vocabulary", 7), ("schedule.kind", "x"), ("size", [64]),
-    ("schedule.steps", 10 ** 9), ("size", [64, 10 ** 9]), ("fps", 0), ("fps", "4"), ("step", -1),
-    ("frames", 10 ** 9), ("stage", "evil"), ("stage", "vae"), ("made", 3), ("flags", 3), ("vae",),
-    ("vae.config.channels", 99), ("vae.config", 7), ("config.grid", [0, 0]), ("config.mlp_ratio", -1),
-    ("config.grid", ["x"]), ("text",), ("size", {"a": 1}))] + [entry(*lie) for lie in (
-        ("shape", [10 ** 9, 10 ** 9]), ("dtype", "F8"), ("data_offsets", [0, 10 ** 12]),
-        ("data_offsets", [8, 4]), ("shape", [-1]), ("shape", [True]))] + [
-    lambda header, _: header.update({"ema/a\n\x1b[31m": header["ema/model.patch.bias"]})]
+def bad_checkpoints():
+    """(its bytes, must it be refused?)"""
+    good, rng = Path("t2i.safetensors").read_bytes(), np.random.default_rng(0)
+    start, first = 8 + int.from_bytes(good[:8], "little"), "vae/weights/mean"
+    header = json.loads(good[8:start])
+    about = json.loads(header.pop("__metadata__")["gentron"])
+    def packed(change, *lie):           # the checksum stays right, as an attacker would have it
+        entries, said = copy.deepcopy((header, about))
+        change(entries, said["facts"], *lie)
+        metadata = {"__metadata__": {"gentron": json.dumps(said)}}
+        text = json.dumps(entries | metadata).encode()
+        return len(text).to_bytes(8, "little") + text + good[start:]
+    def set_fact(_, facts, path, value):
+        *parents, name = path
+        place = facts[parents[0]] if parents else facts
+        place.pop(name, None) if value is ... else place.update({name: value})
+    places = [(name,) for name in (*about["facts"], "ema")] + [
+        (part, key) for part in ("vae", "config", "text", "schedule")
+        for key in {**about["facts"][part], "name": 0, "steps": 0, "weights": 0}]
+    for place, value in [*itertools.product(places, ODD)][::2]:    # of an odd number of values
+        yield packed(set_fact, place, value), False
+    for field, value in ENTRIES:
+        yield packed(lambda entries, _: entries[first].update({field: value})), True
+    for name in ("size", "stage/x", "schedule/shift", "text"):     # a tensor in place of a fact
+        yield packed(lambda entries, _: entries.update({name: entries.pop(first)})), True
+    for name in ("vae/weights/std", "a\n\x1b[31m"):         # two that share their numbers
+        yield packed(lambda entries, _: entries.update({name: entries[first]})), True
+    for place in [*range(8), *rng.integers(8, len(good), 60), *rng.integers(8, start, 60)]:
+        n, data = int(rng.choice((1, 2, 200))), bytearray(good)
+        data[place:place + n] = (x ^ 1 << int(rng.integers(8)) for x in data[place:place + n])
+        yield data, place >= start                          # in the header it may mean nothing
+    long = lambda n: n.to_bytes(8, "little")
+    deep = b'{"__metadata__": {"gentron": ' + b"[" * 100_000
+    for data in (b"", b"hello", b"\xff" * 9, long(2 ** 63) + b"{}", long(2 ** 20) + b"{}", good[:7],
+                 long(2) + b"{}", long(2) + b"[]", long(len(deep)) + deep, good[:1000],
+                 good[:start], good[:-1], good + b"\0"):
+        yield data, True
 
 def hostile_cases():
-    """(what, prepare, script, flags, words of the error, or None where it may also succeed)."""
-    def put(path, make):
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        make(path)
-    at = lambda path, make: partial(put, Path(path), make)
+    """(path, what makes that file, script, flags, words of the error or None: it may succeed)."""
     text = lambda content: lambda path: path.write_text(content)
     link = lambda to: lambda path: path.symlink_to(to)
-    draw, nano = [RED, "--steps", "1"], ["--ckpt", "t2i.safetensors", "--steps", "1"]
+    t2i, draw = ["--ckpt", "t2i.safetensors", "--steps", "1"], [RED, "--steps", "1"]
     tiny = [*TINY, *NET, "--steps", "2", "--out", "r"]
-    bench = ["--bench", *nano, "--n", "1", "--category", "color"]
+    mine, bench = [*tiny, "--data", "mine"], ["--bench", *t2i, "--n", "1", "--category", "color"]
     both = ["--compare", "t2i.safetensors", "t2v.safetensors", "--n", "1", "--steps", "1"]
-    for k, lie in enumerate(LIES):
-        yield f"lie {k}", partial(tampered, lie), sample, [*draw, "--ckpt", "bad.safetensors"], []
-    good = Path("t2i.safetensors").read_bytes()
-    for k in range(40):                                     # a damaged header, or any damaged byte
-        luck, data = random.Random(k), bytearray(good)
-        i, n = luck.randrange(len(good) if k % 4 == 0 else 9000), luck.choice((1, 2, 8, 200))
-        data[i:i + n] = luck.choice((luck.randbytes(n), b"", data[:n], bytes(n + 1)))
-        yield f"damage {k}", at("bad.safetensors", lambda path, data=data: path.write_bytes(data)), \
-            sample, [*draw, "--ckpt", "bad.safetensors"], None
-    for name, make in (("pipe", os.mkfifo), ("zero", link("/dev/zero")), ("loop", link("loop"))):
+    for data, refuse in bad_checkpoints():
+        yield "bad.safetensors", lambda path: path.write_bytes(data), sample, [
+            *draw, "--ckpt", "bad.safetensors"], [] if refuse else None
+    for make in (os.mkfifo, link("/dev/zero"), link("loop")):
         for path, script, flags in (
                 ("a.safetensors", sample, [*draw, "--ckpt", "a.safetensors"]),
-                ("a.txt", sample, ["--prompts", "a.txt", *nano]),
-                ("a.png", sample, [*draw, "--init-image", "a.png", *nano]),
+                ("a.txt", sample, ["--prompts", "a.txt", *t2i]),
+                ("a.png", sample, [*draw, "--init-image", "a.png", *t2i]),
                 ("a.safetensors", sample, ["--compare", "a.safetensors", "t2i.safetensors"]),
                 ("a.safetensors", train, [*TINY, "--vae", "a.safetensors", "--out", "r"]),
                 ("a.safetensors", train, [*TINY, "--init", "a.safetensors", "--out", "r"])):
-            yield f"{name} {flags}", at(path, make), script, flags, [path[:2]]
+            yield path, make, script, flags, [path[:2]]
         for path in ("r/last.safetensors", "r/log.csv", "r/config.json", "r/samples", "mine/x.gif",
                      "mine/index.json", "mine/00.txt", "mine/captions.jsonl", "mine/x.png"):
-            yield f"{name} {path}", at(path, make), train, [*tiny, "--data", "mine"], None
-    for name, content in (("deep", "[" * 100_000), ("lying", json.dumps(
-            {"format": D.CACHE_FORMAT, "fps": 0, "vocabulary": [1, 2]}))):
-        yield f"{name} cache", at("mine/index.json", text(content)), train, [*tiny, "--data", "mine"], \
-            ["damaged", "mine"] if name == "lying" else None
-    for name in (".lock", "samples", "ema.safetensors.tmp", "last.safetensors.tmp", "ema.safetensors",
+            yield path, make, train, mine, None
+    cache, index = [*tiny, "--data", "cache"], json.loads(Path("cache/index.json").read_text())
+    for key, value in [*itertools.product(index, ODD[1:])][::3]:
+        yield "cache/index.json", text(json.dumps(index | {key: value})), train, cache, None
+    for name in ("captions.0.jsonl", "latents.0.f16", "index.json"):
+        for content in ("", "3\n", "[" * 100_000):
+            yield f"cache/{name}", text(content), train, cache, []
+    yield "mine/index.json", text("{}"), train, [
+        "--stage", "encode", *NET, "--size", "32", "--out", "mine"], ["index.json"]
+    for name in (".lock", "ema.safetensors.tmp", "last.safetensors.tmp", "ema.safetensors",
                  "log.csv", "config.json", "loss.png", ".log.csv.tmp.csv", ".config.json.tmp.json"):
-        yield f"link r/{name}", at(f"r/{name}", link("../mine" if name == "samples" else "../victim")), \
-            train, tiny, None
-    yield "link to a secret", at("mine/00.txt", link("../victim")), train, [*tiny, "--data", "mine"], None
-    for name in ("log.csv", "loss.png", "config.json", "ema.safetensors"):
-        yield f"foreign {name}", at(f"r/{name}", text("x")), train, tiny, ["r", name, "--out"]
-    yield "foreign index", at("mine/index.json", text("{}")), train, [
-        "--stage", "encode", *NET, "--size", "32", "--workers", "0", "--out", "mine"], ["index.json"]
+        yield f"r/{name}", link("../victim"), train, tiny, None
+    yield "r/samples", link("../mine"), train, tiny, None
+    yield "mine/00.txt", link("../victim"), train, mine, None
+    yield "out.png", link("victim"), sample, [RED, *t2i], None
+    for name in ("log.csv", "loss.png", "config.json", "ema.safetensors"):       # not a run's
+        yield f"r/{name}", text("x"), train, tiny, ["r", name, "--out"]
+    yield "p.png", text(RED), sample, ["--prompts", "p.png", *t2i, "--out", "p.png"], []
+    for out in ("mine/00.png", "p.png"):                    # inputs are no outputs
+        yield "p.png", link("mine/00.png"), sample, [
+            RED, *t2i, "--init-image", "mine/00.png", "--out", out], []
     for flags in ([*both, "--out", "t2v.safetensors"], [*both, "--json", "t2i.safetensors"],
-                  [*bench, "--json", "t2i.safetensors"], [*bench, "--json", "a.json", "--out", "a.json"],
-                  [*bench, "--out", "t2i.safetensors"], ["--prompts", "p.png", *nano, "--out", "p.png"],
-                  [RED, *nano, "--out", "mine/"], [RED, *nano, "--init-image", "mine/00.png", "--out",
-                                                   "mine/00.png"],
-                  [RED, *nano, "--init-image", "mine/00.png", "--out", "p.png"]):
-        yield f"{flags}", at("p.png", text(RED) if "--prompts" in flags else link("mine/00.png")), \
-            sample, flags, []
-    yield "out is a link", at("out.png", link("victim")), sample, [RED, *nano], None
+                  [*bench, "--json", "t2i.safetensors"], [*bench, "--out", "t2i.safetensors"],
+                  [*bench, "--json", "a.json", "--out", "a.json"], [RED, *t2i, "--out", "mine/"]):
+        yield "x", text("x"), sample, flags, []
 
+@pytest.mark.skipif(not POSIX, reason="no pipes, no links")
 def test_hostile_files_harm_nothing(here, monkeypatch):
     """Every case in a folder of its own; a fault is reported with all others at the end."""
-    wrong, most, memory = [], {}, peak_memory()
-    monkeypatch.setattr(train, "preview_samples", lambda *_: "")
-
-    def hang(*_):
-        raise TimeoutError("hangs")
-    signal.signal(signal.SIGALRM, hang)
-    for what, prepare, script, flags, words in hostile_cases():
+    wrong, memory = [], peak_memory()
+    pictures("clean/mine", 3), Path("clean/victim").write_text("precious")
+    shutil.copytree(encode(), "clean/cache")
+    [shutil.copy(f"{stage}.safetensors", "clean") for stage in ("vae", "t2i", "t2v")]
+    for name, make, script, flags, words in hostile_cases():
         monkeypatch.chdir(here)
         shutil.rmtree("case", ignore_errors=True)
-        os.mkdir("case")
-        monkeypatch.chdir("case")
-        for stage in ("vae", "t2i", "t2v"):
-            shutil.copy(f"../{stage}.safetensors", ".")
-        Path("victim").write_text("precious")
-        pictures("mine", 3)
-        prepare()
-        files, ended = files_here(), 2
-        signal.alarm(20)
-        try:
-            said = call(script, *flags, code=2)
-            ended = all(word in said.splitlines()[-1] for word in words or [])
-        except BaseException as error:  # noqa: BLE001
-            ended, said = words is None and " ended with 0: " in str(error), f"{error!r:.300}"
-        signal.alarm(0)
-        changed = {path for path in files if path.parts[0] not in ("r", "out.png")
-                   and files[path] != files_here().get(path)}
-        changed |= {path for path in Path().rglob("*.tmp*") if not path.is_symlink()}
-        if changed or not ended or "Traceback" in said or "precious" in said:
-            wrong.append(f"{what}: {said[-250:]} {changed}")
-        most[what] = peak_memory() - memory
-    assert not wrong, "\n".join([f"{len(wrong)} of {len(most)} cases:", *wrong])
-    assert max(most.values()) < 500, most
+        monkeypatch.chdir(shutil.copytree("clean", "case"))
+        (path := Path(name)).parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        make(path)
+        with monkeypatch.context() as patch:
+            if script is train:                             # its previews take the longest
+                patch.setattr(G, "generate", lambda *_, **__: np.zeros((12, 1, 32, 32, 3), "u1"))
+            wrong.append(fault_of(script, flags, words, ours=("r", "out.png")))
+    assert not any(wrong), "\n".join([f"of {len(wrong)} cases:", *filter(None, wrong)])
+    assert peak_memory() - memory < 500
 
-@pytest.mark.skipif(resource is None, reason="no such limits here")
-def test_a_full_disk_is_one_line_and_what_was_there_stays(here):
+@pytest.mark.skipif(not POSIX, reason="no such limits")
+def test_a_full_disk_is_one_line_and_what_was_there_stays(here, tiny_run):
     """A limit on the size of files fails as a full disk does: in the middle of a write."""
-    run = trained("--steps", "2")
-    draw, resumed = [RED, "--ckpt", "t2i.safetensors", "--steps", "1"], [
-        *TINY, *NET, "--steps", "3", "--out", "run"]
-    bench = ["--bench", *draw[1:], "--n", "1", "--category", "color"]
-    call(sample, *draw), call(sample, *bench)
+    copy_of(tiny_run), run(sample, *(draw := [RED, "--ckpt", "t2i.safetensors", "--steps", "1"]))
+    run(sample, *(bench := ["--bench", *draw[1:], "--n", "1", "--category", "color"]))
+    resumed = [*TINY, *NET, "--steps", "3", "--out", "run"]
     limits, kept = resource.getrlimit(resource.RLIMIT_FSIZE), files_here()
     for script, flags, size, name in (
             (train, resumed, 10 ** 6, "run/ema.safetensors"), (train, resumed, 100, "run/"),
-            (train, ["--stage", "encode", *NET, "--size", "32", "--workers", "0", "--out", "cache"],
-             2000, "cache/"), (sample, draw, 500, "out.png"), (sample, bench, 100, "bench.json"),
-            (sample, [*draw, "--strip"], 500, "out.png"), (D, ["--preview", "out.png"], 100, "out.png")):
+            (train, [*TINY, *NET, "--stage", "encode", "--out", "cache"], 2000, "cache/"),
+            (sample, draw, 500, "out.png"), (sample, [*draw, "--strip"], 500, "out.png"),
+            (sample, bench, 100, "bench.json"), (D, ["--preview", "out.png"], 100, "out.png")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             refused(script, flags, f"cannot write {name}", "File too large")
@@ -2767,80 +2263,18 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(here):
     changed = {path.name for path in kept if kept[path] != files_here().get(path)}
     assert changed <= {"log.csv", "config.json", "loss.png"}
     trained("--steps", "3")                                 # with room again, the run goes on
-    assert [row["step"] for row in log_of(run)] == ["1", "2", "3"]
+    assert [row["step"] for row in log_of(Path("run"))] == ["1", "2", "3"]
 
 def test_what_is_printed_to_be_copied_is_quoted(here):
     """A caption that is a command in the shell, and a folder's name."""
-    folder, caption = "my 'data'; touch evil", "cat\"; touch evil; echo \"$(touch evil)`touch evil`' \\"
+    folder, evil = "my 'data'; touch evil", "cat\"; touch evil; \"$(touch evil)`touch evil`' \\"
     pictures(folder, 3)
-    [path.write_text(caption) for path in Path(folder).glob("*.txt")]
-    said = call(train, *TINY, *NET, "--data", folder, "--steps", "1")
-    said += call(train, *TINY, "--stage", "vae", "--data", folder, "--steps", "1", "--out", "r; touch x")
-    draw, use = (re.search(rf"{label}: (python .*)", said)[1] for label in ("To sample", "To use it"))
+    [path.write_text(evil) for path in Path(folder).glob("*.txt")]
+    said = run(train, *TINY, *NET, "--data", folder, "--steps", "1")
+    said += run(train, *TINY, "--stage", "vae", "--data", folder, "--steps", "1",
+                "--out", "r; touch x")
+    draw, use = (re.search(rf"{what}: (python .*)", said)[1] for what in ("To sample", "To use it"))
     assert shlex.split(draw)[2] == D.Folder(folder).captions[0]
     assert shlex.split(use)[-1] == "r; touch x/ema.safetensors"
     subprocess.run(["sh", "-c", f"python() {{ :; }}\n{draw}\n{use}"], check=True)
     assert not Path("evil").exists() and not Path("x").exists()
-
-@slow
-def test_random_flags_end_well_or_with_one_clear_line(here, monkeypatch):
-    """No traceback, no hang, nothing overwritten; a seed a case, so each can be made again."""
-    monkeypatch.setattr(train, "preview_samples", lambda *_: "")
-    words = ("x", "", "-1", "0", "1", "2", "7", "0.5", "nan", "1e999", "9" * 30, "1,2", "off", "--",
-             "\0", "../..", "/proc/x/y", "\u202e.png", "a" * 300, "meta", "out.gif", "-", "{}", "16x8")
-    kept, ends, wrong = files_here(), Counter(), []
-    for luck in map(random.Random, range(200)):
-        script, base, end = luck.choice((
-            (train, [*TINY, *NET], ["--steps=1", "--workers=0", "--out=r", "--no-resume"]),
-            (sample, [RED, "--ckpt", "t2i.safetensors"], ["--n=1", "--steps=1", "--device=cpu"])))
-        # (not --text and --vae, whose values are names for libraries that take long to import)
-        flags = [a for a in script.parser()._actions if a.option_strings and a.dest not in (
-            "help", "text", "vae", "preset", "benchmark", "fsdp", "compile", "frames", "per_prompt")]
-        for a in luck.sample(flags, luck.randint(1, 3)):
-            n = {0: 0, 2: 2, "+": 2}.get(a.nargs, 1)
-            base = [*base, a.option_strings[0], *luck.choices([*words, *(a.choices or ())], k=n)]
-        try:
-            call(script, *base, *end)
-            ends[0] += 1
-        except BaseException as error:  # noqa: BLE001
-            ends[2] += 1
-            if " ended with 2: " not in str(error) or str(error).count("error: ") != 1:
-                wrong.append(f"{script.__name__} {base}: {str(error)[-300:]}")
-        if kept.items() - files_here().items():
-            wrong.append(f"{base} changed {kept.items() - files_here().items()}")
-    assert not wrong and min(ends.values()) > 20, "\n".join([f"{len(wrong)} of {ends}:", *wrong[:20]])
-
-
-def solved(kit, monkeypatch):
-    """The exercises of a kit all of whose tests pass, run on modules of its own: a set."""
-    for name in ("gentron", "data", "train", "test_exercises"):
-        monkeypatch.delitem(sys.modules, name, raising=False)      # undone after the test
-    monkeypatch.syspath_prepend(kit)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the sources change within a second
-    tests, passed = importlib.import_module("test_exercises"), {}
-    for name, test in vars(tests).items():
-        for exercise in map(int, re.findall(r"^test_exercise_(\d+)", name)):
-            rows = [mark.args[1] for mark in getattr(test, "pytestmark", ())] or [[()]]
-            for row in rows[0]:
-                try:
-                    test(*row)
-                    passed[exercise] = passed.get(exercise, True)
-                except NotImplementedError as error:
-                    assert str(error).startswith("exercise ")
-                    passed[exercise] = False
-    return {exercise for exercise, right in passed.items() if right}
-
-
-def test_the_class_kit_has_seven_holes_and_the_project_fills_each(tmp_path, monkeypatch):
-    kit, docs = tmp_path / "kit", HERE / "docs"
-    subprocess.run([sys.executable, docs / "assignment.py", kit], check=True)
-    grade = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=kit,
-                           text=True, capture_output=True)
-    assert "score: 0 of 7 exercises" in grade.stdout, grade.stdout
-    assert "<details>" not in (kit / "EXERCISES.md").read_text("utf-8")
-    monkeypatch.syspath_prepend(docs)
-    punch = importlib.import_module("assignment").punch
-    for exercise in range(1, 8):
-        for name in ("gentron.py", "train.py"):            # one exercise solved, six holes left
-            (kit / name).write_text(punch((HERE / name).read_text("utf-8"), exercise), "utf-8")
-        assert solved(kit, monkeypatch) == {exercise}

@@ -1,0 +1,172 @@
+"""
+test_docs.py: what stands beside the code does what it says: the README's commands, the shipped
+models, the class kit, the emoji. `python -m pytest` runs this file after test_gentron.py.
+"""
+
+import ast
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data as D
+import gentron as G
+import sample
+import train
+from test_gentron import (
+    HERE,
+    RED,
+    SCRIPTS,
+    TINY,
+    benched,
+    here,
+    one,
+    pictures,
+    random_state,
+    refused,
+    run,
+    sampler_of,
+    slow,
+    tiny_files,
+)
+
+__all__ = ["here", "tiny_files"]                            # fixtures
+DOCS = HERE / "docs"
+
+# ---- The README ----------------------------------------------------------------------------------
+
+def test_every_printed_command_has_flags_that_exist_and_sampling_ones_run(here):
+    """Of the README and the docstrings; a tiny model stands wherever one names a checkpoint."""
+    commands = []
+    for name in ("README.md", "train.py", "sample.py", "data.py"):
+        text = (HERE / name).read_text("utf-8")
+        text = text if name == "README.md" else ast.get_docstring(ast.parse(text))
+        commands += [(script, shlex.split(rest, comments=True)) for script, rest in re.findall(
+            r"(?:python|torchrun \S+) (train|sample|data)\.py([^`\n&|]*)",
+            text.replace("\\\n", " "))]
+    assert {script for script, _ in commands} == SCRIPTS.keys()
+    words = {w for _, flags in commands for flag in flags for w in G.split_words(flag)}
+    state = random_state("t2v", words=sorted({*D.vocabulary(), *words}))
+    for script, flags in commands:
+        if script != "sample":
+            SCRIPTS[script].parser().parse_args(flags)
+            continue
+        for flag, value in [("--ckpt", "runs/a/ema.safetensors"), *zip(flags, flags[1:])]:
+            os.makedirs(Path(value).parent, exist_ok=True)
+            if value.endswith(".safetensors"):
+                G.save_checkpoint(value, state)
+            elif flag in ("--init-image", "--mask", "--first-frame"):
+                one(0, (32, 32)).save(value)
+            elif flag == "--prompts":
+                Path(value).write_text("a red circle\na blue star\n")
+        run(sample, *flags, "--steps", "2", *["--n", "1"][:2 * ("--per-prompt" not in flags)])
+        shutil.rmtree("samples", ignore_errors=True)
+
+@slow
+@pytest.mark.parametrize("kind,asked", [("captions", "noise number n7"), ("classes", "pug"),
+                                        ("bare", "")])
+def test_a_folder_of_ones_own_pictures_from_autoencoder_to_sample(here, kind, asked):
+    """The README's three commands: captions beside the pictures, class folders, or none."""
+    pictures("mine", 60, classes=("corgi", "pug") if kind == "classes" else ())
+    [path.unlink() for path in Path("mine").glob("*.txt") if kind == "bare"]
+    Path("mine/broken.png").write_text("no picture")
+    labels = ["--text", "labels", "--conditioning", "adaln"] if kind == "classes" else []
+    data = ["--data", "mine", "--batch-size", "8", "--workers", "1", "--size", "32x48"]
+    run(train, "--stage", "vae", *data, "--steps", "3")
+    said = run(train, *TINY, *data, *labels, "--steps", "3", "--vae", "runs/vae/ema.safetensors")
+    assert "60 pictures" in said and "broken.png" in said and "held out" in said
+    assert "runs/t2i/ema.safetensors" in run(sample, asked, "--steps", "2")
+    kind == "bare" or refused(sample, ["poodle"], "vocabulary")
+
+# ---- The shipped models --------------------------------------------------------------------------
+
+NANO, SHIPPED_VAE = HERE / "assets/nano.safetensors", HERE / "assets/vae.safetensors"
+# Shares that must be right: of 20 prompts a category (10 of clips), with room for so few; and, of
+# 60 true pictures after the autoencoder, each category's ceiling
+FLOORS = {"color": 0.6, "spatial": 0.6, "texture": 0.3, "motion": 0.7, "identity": 0.6}
+CEILINGS = {"shape": 0.95, "spatial": 0.95, "texture": 0.85, "numeracy": 0.85}
+GOLDEN = [RED, "a green star", "a blue ring", "a yellow triangle"]
+needs_nano = pytest.mark.skipif(not NANO.exists(), reason="no assets/nano.safetensors here")
+
+@needs_nano
+def test_the_shipped_model_draws_what_it_drew():
+    """For a new model: Image.fromarray(np.concatenate(pictures)).save("assets/golden.png")."""
+    pictures = sampler_of("--steps", 25, ckpt=str(NANO))(GOLDEN, range(4))[:, 0]
+    golden = np.asarray(Image.open(HERE / "assets/golden.png")).reshape(pictures.shape)
+    # (another CPU may round otherwise)
+    assert np.percentile(abs(pictures.astype(int) - golden), 99) <= 2
+    assert all(D.judge(picture, prompt) for picture, prompt in zip(pictures, GOLDEN))
+
+@needs_nano
+@pytest.mark.parametrize("category", [c if c not in D.CLIP_CATEGORIES else pytest.param(
+    c, marks=slow) for c in FLOORS])
+def test_the_shipped_model_scores_above_its_floor(tmp_path, monkeypatch, category):
+    monkeypatch.chdir(tmp_path)
+    clips = ["--frames", "8", "--n", "10"] if category in D.CLIP_CATEGORIES else ["--n", "20"]
+    record, _ = benched("--steps", "25", "--category", category, *clips, ckpt=NANO)
+    assert record["categories"][category]["score"] >= FLOORS[category]
+
+@pytest.mark.skipif(not SHIPPED_VAE.exists(), reason="no assets/vae.safetensors here")
+def test_the_shipped_autoencoder_keeps_what_the_judge_reads():
+    vae = G.build_vae(G.load_checkpoint(SHIPPED_VAE))
+    for category, ceiling in CEILINGS.items():
+        captions = D.prompts(category, 60)
+        z = vae.encode(G.to_float(np.stack([D.truth(caption, 99) for caption in captions])))
+        right = [bool(D.judge(*pair)) for pair in zip(G.to_uint8(vae.decode(z)), captions)]
+        assert np.mean(right) >= ceiling, f"{category}: {np.mean(right):.2f}"
+        assert z.mean().abs() < 0.3 and 0.7 < z.std() < 1.3
+    assert sum(p.stat().st_size for p in (HERE / "assets").glob("*.safetensors")) < 45e6
+
+# ---- docs/ ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("solved", [(), (1, 2, 3, 4, 5, 6, 7), *(
+    pytest.param((k,), marks=slow) for k in range(1, 8))])
+def test_the_class_kit_has_seven_holes_and_the_project_fills_each(tmp_path, monkeypatch, solved):
+    subprocess.run([sys.executable, DOCS / "assignment.py", tmp_path / "kit"], check=True)
+    monkeypatch.syspath_prepend(DOCS)
+    punch = importlib.import_module("assignment").punch
+    for name in ("gentron.py", "train.py") if solved else ():
+        source = (HERE / name).read_text("utf-8")
+        source = source if len(solved) > 1 else punch(source, solved[0])
+        (tmp_path / "kit" / name).write_text(source, "utf-8")
+    grade = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=tmp_path / "kit", text=True,
+                           capture_output=True).stdout
+    assert f"score: {len(solved)} of 7 exercises" in grade, grade
+    assert len(solved) != 1 or not re.search(rf"FAILED .*exercise_{solved[0]}\b", grade)
+    assert "<details>" not in (tmp_path / "kit/EXERCISES.md").read_text("utf-8")
+
+@pytest.mark.parametrize("hostile", [None, "../x.webp", "/tmp/x.webp", "link"])
+def test_emoji_have_names_one_skin_tone_held_out_and_no_hostile_archive(tmp_path, hostile):
+    cook = [f"1f468{tone}-200d-1f373" for tone in ("", *(f"-{0x1f3fb + k:x}" for k in range(5)))]
+    names = {"☕": dict(name="cup", group="Food"), "🇫🇷": dict(name="France", group="Flags"),
+             "👨\u200d🍳": dict(name="man cook", group="People")}
+    one((20, 90, 200, 255), (8, 8), "RGBA").save(file := io.BytesIO(), "WEBP")
+    files = {f"assets/{code}.webp": file.getvalue() for code in ("2615", "1f1eb-1f1f7", *cook)}
+    files |= {hostile: b"xxx"} if hostile else {}
+    for archive, members in (("a.tgz", files), ("b.tgz", {
+            "data-by-emoji.json": json.dumps(names).encode()})):
+        with tarfile.open(tmp_path / archive, "w:gz") as tar:
+            for name, data in members.items():
+                outside = name == hostile != "link"
+                member = tarfile.TarInfo(name if outside else f"package/{name}")
+                member.size, member.linkname = len(data), "/etc/passwd"
+                member.type = tarfile.SYMTYPE if name == "link" else tarfile.REGTYPE
+                tar.addfile(member, io.BytesIO(data))
+    done = subprocess.run([sys.executable, DOCS / "emoji.py", "e", "a.tgz", "b.tgz"],
+                          cwd=tmp_path, text=True, capture_output=True)
+    assert (len(os.listdir(tmp_path)) == 2) == (done.returncode == 2) == bool(hostile)
+    if not hostile:
+        train, held = (D.Folder(tmp_path / name).captions for name in ("e", "e-heldout"))
+        assert {"cup", "man cook"} < {*train} and "France" not in train and len(train) == 6
+        assert len(held) == 1 and held[0] not in train and "skin tone" in held[0]
