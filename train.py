@@ -463,6 +463,15 @@ def resolve(args, last, init, cache):
     given = {name: value for name, value in vars(args).items() if value is not None}
     known = last or init or {}
     saved = {**known.get("flags", {}), **known.get("config", {})}
+    # A file's flags pass the checks of typed ones ([64, 64] as 64x64)
+    kept = {"preset", "world", "size", *OF_MODEL} - {*CONFIG}
+    kept = [name for name in kept if saved.get(name) is not None]
+    typed = [str(saved[name]).strip("[]").replace(", ", "x") for name in kept]
+    try:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in zip(kept, typed)]
+        saved |= {name: getattr(parser().parse_args(flags), name) for name in kept}
+    except ValueError as error:
+        raise ValueError(f"damaged {args.init or args.out}: {error}") from None
     preset, stage = args.preset or saved.get("preset") or "nano", args.stage
     paper = "paper " if preset != "nano" and stage != "vae" else ""
     column = COLUMNS.index(paper + stage.replace("encode", "t2i"))
@@ -603,7 +612,7 @@ def build(args, data, last, init, typed):
         "schedule": {"kind": args.schedule, "objective": args.objective,
                      "shift": args.noise_shift}, "vae": find_vae(args)}
     # Only what the user typed may be downloaded, never a name that stands in a file
-    vae = G.build_vae(state, download=args.vae is not None).to(args.device)
+    vae = G.build_vae(state, download=args.vae).to(args.device)
     encoder = read_caches(data, vae, args) or G.TextEncoder(**state["text"], download=typed)
     multiple = vae.down * args.patch_size
     if any(side % multiple for side in args.size):
@@ -833,7 +842,7 @@ def encode(args):
     of their captions, into a cache. Process p of P encodes the items p, p + P, ..."""
     args, _, _ = prepare(args)
     stop, P, (dataset, *_) = Stop(args.minutes, args.device), processes(), open_data(args)
-    vae = G.build_vae({"vae": find_vae(args)}, download=args.vae is not None).to(args.device)
+    vae = G.build_vae({"vae": find_vae(args)}, download=args.vae).to(args.device)
     # A trained text encoder has other features at each step: then only captions are stored
     text = G.TextEncoder(args.text, download=True).to(args.device) if is_frozen(args.text) else None
     spec, dims = (args.text, list(text.dims)) if text else (None, [])
@@ -930,11 +939,13 @@ def build_optimizer(net, args, last=None):
                                   fused=True)
     saved, state = last["optimizer"] if last else {}, {}
     for k, (name, p) in enumerate(net.named_parameters() if last else ()):
-        state[k] = {"step": saved["step"].clone()}
         for key in ("exp_avg", "exp_avg_sq"):
-            x = state[k][key] = saved[key].get(name, torch.empty(0))
-            if x.shape != p.shape:
-                raise ValueError(f"{args.out}/last.safetensors is damaged: its {key} of {name}")
+            try:
+                x = saved[key][name].view(p.shape)
+                state.setdefault(k, {"step": saved["step"].clone().view(())})[key] = x
+            except (LookupError, TypeError, AttributeError, RuntimeError):
+                raise ValueError(f"{args.out}/last.safetensors is damaged: its {key} of "
+                                 f"{name}") from None
             if isinstance(p, DTensor):      # every process has read the file, and takes its share
                 state[k][key] = distribute_tensor(x.to(p.device), p.device_mesh, p.placements,
                                                   src_data_rank=None)
