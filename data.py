@@ -778,11 +778,10 @@ def plain(text):
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else "?" for c in text)     # joiners
 
 def say(*lines):
-    """Prints lines through `plain`. If the reader is gone (`| head -1`), printing ends silently."""
+    """Prints lines through `plain`. No error if the reader is gone (`| head -1`) or a disk full."""
     try:
-        for line in "\n".join(lines).split("\n"):
-            print(plain(line), flush=True)
-    except BrokenPipeError:
+        print(*map(plain, "\n".join(lines).split("\n")), sep="\n", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def _check_inside(path, folder):       # realpath, unlike Path.resolve(), accepts a loop of links
@@ -834,6 +833,7 @@ def writing(path, inputs=()):
 def run_main(work, memory_advice="try less at once"):
     """Calls work() -> its exit code (None = 0). An error that the user can mend becomes one line on
     stderr and code 2, Ctrl-C 130; a bug keeps its traceback. memory_advice: str, or a function."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # `>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")             # an ASCII terminal has no "é"
