@@ -897,13 +897,13 @@ def read_safetensors(file):
 def check_facts(facts):
     """ValueError unless what a checkpoint says of itself can be used. It builds nothing large."""
     whole = lambda x, low, high: type(x) is int and low <= x <= high
-    size, fps, vae, stage = (facts[name] for name in ("size", "fps", "vae", "stage"))
+    size, fps, vae, stage, made = (facts[x] for x in ("size", "fps", "vae", "stage", "made"))
     channels = None if "name" in vae else vae["config"]["channels"]
-    good = dict(stage=stage in ("vae", "t2i", "t2v"), step=whole(facts["step"], 0, 2 ** 40),
+    good = dict(stage=stage in ("vae", "t2i", "t2v"), flags=type(facts["flags"]) is dict,
                 size=len(size) == 2 and all(whole(n, 8, 4096) for n in size),
-                frames=whole(facts["frames"], 1, 1024),
-                fps=type(fps) in (int, float) and 0.01 <= fps <= 1000,
-                flags=type(facts["flags"]) is dict, made=type(facts["made"]) is dict,
+                frames=whole(facts["frames"], 1, 1024), step=whole(facts["step"], 0, 2 ** 40),
+                fps=type(fps) in (int, float) and 0.01 <= fps <= 1000, made=type(made) is dict,
+                **{x: type(facts.get(x, {})) is dict for x in ("ema", "weights", "optimizer")},
                 vae=whole(channels, 1, 1024) or type(vae.get("name")) is str)
     if stage != "vae":
         cfg, text = from_file(GenTronConfig, facts["config"]), facts["text"]
@@ -966,8 +966,8 @@ def build_net(state, weights="ema", text=None, download=False):
     """The Net of a t2i or t2v checkpoint, in eval mode on the CPU. weights: "ema", or "weights"
     (raw). text: a ready encoder, to build none. ValueError if the weights lack or do not fit."""
     if state["stage"] == "vae" or weights not in state:
-        kind = "EMA" if weights == "ema" else "raw"
-        raise ValueError(f"the checkpoint, of stage {state['stage']}, holds no {kind} weights")
+        raise ValueError(f"the checkpoint, of stage {state['stage']}, holds no "
+                         f"{'EMA' if weights == 'ema' else 'raw'} weights")
     with torch.device("meta"):
         if text is None:
             text = from_file(TextEncoder, {**state["text"], "download": download})
