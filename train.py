@@ -519,7 +519,9 @@ def setup(args):
     say(f"{args.stage}: {sum(p.numel() for p in run.weights) / 1e6:.2f} M parameters, steps "
         f"{run.first} to {args.steps} of {args.batch_size} items, {args.device}, {args.precision}"
         + f"; resume: {args.out}/last.safetensors, step {run.first}" * bool(last))
-    state["made"] = last["made"] if last else provenance(args)
+    state["made"] = last["made"] if last else {**provenance(args), "items": len(dataset)}
+    if (before := state["made"].get("items", len(dataset))) != len(dataset):
+        say(f"note: this run began with {before!s:.20} items, now there are {len(dataset)}")
     if rank() == 0:         # to be read by people; on resume only flags that may differ do differ
         config = {"program": "gentron", "flags": flags_of(args), "made": state["made"]}
         with D.writing(Path(args.out) / "config.json") as file:
