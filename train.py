@@ -495,7 +495,8 @@ def resolve(args, last, init, cache):
             raise ValueError(f"--{name.replace('_', '-')} was {fixed[name]} in "
                              f"{args.out if last else args.init}, now it is {now}; leave the flag "
                              f"out, or start another run: --out")
-    if last and not last.keys() >= {"weights", "optimizer"}:
+    parts = {"weights", "optimizer", "vae" if stage == "vae" else "ema"}
+    if last and (last["stage"] != stage or not last.keys() >= parts):
         raise ValueError(f"{args.out}/last.safetensors is not all of a run; give another --out")
     settings.size = tuple(settings.size)
     G.NoiseSchedule(settings.schedule, settings.objective, settings.noise_shift)   # may refuse
@@ -544,7 +545,7 @@ def start(net, args, last=None):
     text = getattr(net, "text", None)                      # a frozen encoder is shared, not copied
     ema = copy.deepcopy(net, {} if getattr(text, "trained", False) else {id(text): text})
     if last:
-        averages = last["vae"]["weights"] if args.stage == "vae" else last["ema"]
+        averages = last["vae"].get("weights", {}) if args.stage == "vae" else last["ema"]
         G.load_weights(ema, averages, f"{args.out}/last.safetensors")
     blocks = net.model.blocks if args.stage != "vae" else []
     for block in blocks if args.checkpoint_activations else ():
