@@ -466,9 +466,9 @@ def resolve(args, last, init, cache):
     # A file's flags pass the checks of typed ones ([64, 64] as 64x64)
     kept = {"preset", "world", "size", *OF_MODEL} - {*CONFIG}
     kept = [name for name in kept if saved.get(name) is not None]
-    typed = [str(saved[name]).strip("[]").replace(", ", "x") for name in kept]
+    write = lambda value: "x".join(map(str, value if type(value) is list else [value]))
     try:
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in zip(kept, typed)]
+        flags = [f"--{name.replace('_', '-')}={write(saved[name])}" for name in kept]
         saved |= {name: getattr(parser().parse_args(flags), name) for name in kept}
     except ValueError as error:
         raise ValueError(f"damaged {args.init or args.out}: {error}") from None
