@@ -471,7 +471,7 @@ def resolve(args, last, init, cache):
         flags = [f"--{name.replace('_', '-')}={write(saved[name])}" for name in kept]
         saved |= {name: getattr(parser().parse_args(flags), name) for name in kept}
     except ValueError as error:
-        raise ValueError(f"damaged {args.init or args.out}: {error}") from None
+        raise ValueError(f"damaged {args.out if last else args.init}: {error}") from None
     preset, stage = args.preset or saved.get("preset") or "nano", args.stage
     paper = "paper " if preset != "nano" and stage != "vae" else ""
     column = COLUMNS.index(paper + stage.replace("encode", "t2i"))
