@@ -853,7 +853,8 @@ def test_a_hostile_header_is_refused(tmp_path):
         *(("dtype", x) for x in ("F16", "I64", [1], None)), ("shape", [-4, -1, 1]), ("shape", [0]),
         ("shape", [2 ** 62] * 2), ("shape", [1, 4, 1, 1]), ("shape", [4.0, 1, 1]), ("shape", 4))]
     lies += [{b: whole[a]}, {a: None}, {"__metadata__": {"format": "pt"}}]              # overlap
-    lies += [{name: whole["optimizer/spare"]} for name in ("size", "stage/x", "schedule/shift", "text")]
+    lies += [{name: whole["optimizer/spare"]}
+             for name in ("size", "stage/x", "schedule/shift", "text", "made/x", "vae/name")]
     for lie in lies:                       # the last: a tensor in place of a fact
         header = whole.copy()
         if whole["optimizer/spare"] in lie.values():
