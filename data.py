@@ -1118,7 +1118,7 @@ class CacheWriter:
             _, captions, self.texts, *_, sizes = _open_part(self.folder, index, part)
         except _BAD:                                         # nothing is there, or it is damaged
             captions, self.texts, sizes = [], {}, {}
-            for old in self.folder.glob(f"*.{part}.*"):
+            for old in self.folder.glob(f"*.{part}.[fju]*"):               # tokens.1.0.f16: part 0
                 old.unlink() if old.suffix in (".f16", ".jsonl", ".u32") else None
         self.done = len(captions)
         for name, size in sizes.items():
