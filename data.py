@@ -778,11 +778,10 @@ def plain(text):
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else "?" for c in text)     # joiners
 
 def say(*lines):
-    """Prints lines through `plain`. If the reader is gone (`| head -1`), printing ends silently."""
+    """Prints lines through `plain`. No error if the reader is gone (`| head -1`) or a disk full."""
     try:
-        for line in "\n".join(lines).split("\n"):
-            print(plain(line), flush=True)
-    except BrokenPipeError:
+        print(*map(plain, "\n".join(lines).split("\n")), sep="\n", flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def _check_inside(path, folder):       # realpath, unlike Path.resolve(), accepts a loop of links
@@ -834,6 +833,7 @@ def writing(path, inputs=()):
 def run_main(work, memory_advice="try less at once"):
     """Calls work() -> its exit code (None = 0). An error that the user can mend becomes one line on
     stderr and code 2, Ctrl-C 130; a bug keeps its traceback. memory_advice: str, or a function."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # `>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")             # an ASCII terminal has no "é"
@@ -1066,10 +1066,11 @@ def cache_index(path):
     whole = lambda high, *values: all(type(v) is int and 1 <= v <= high for v in values)
     words = lambda *values: all(type(v) is str for v in values)
     with suppress(*_BAD):
-        if (len(x["size"]) == 2 and len(x["shape"]) == 4 and whole(4096, *x["size"], *x["shape"])
+        if (len(x["size"]) == 2 and len(x["shape"]) == 4 and x["shape"][0] == x["frames"]
+                and whole(4096, *x["size"], *x["shape"], x["frames"]) and type(x["fps"]) is not bool
                 and whole(10 ** 10, x["items"], x["parts"], *x["dims"]) and 0.01 <= x["fps"] <= 1000
-                and x["shape"][0] == x["frames"] and (x["text"] is None) == (not x["dims"])
-                and words(x["text"] or "", x["fingerprint"], *x["labels"], *x["vocabulary"])):
+                and words(x["fingerprint"], *x["labels"], *x["vocabulary"])
+                and words(x["text"]) == bool(x["dims"])):
             return x
     raise ValueError(f"damaged cache, {path}; delete it and encode again")
 
@@ -1079,11 +1080,11 @@ def _open_part(folder, index, p):      # its complete rows; sizes: the bytes of 
         sizes[name] = n * width * np.dtype(kind).itemsize
         with open_input(folder / name, None, folder) as file:
             return np.memmap(file, kind, "r", 0, (n, width))
-    with open_input(folder / f"captions.{p}.jsonl", 2 ** 32, folder) as file:
-        lines = file.read().split(b"\n")[:-1]
     width, latents = math.prod(index["shape"]), f"latents.{p}.f16"
-    n = min(rows, len(lines), os.path.getsize(folder / latents) // (2 * width))
-    latents = array(latents, "<f2", n, width)
+    n = min(rows, os.path.getsize(folder / latents) // (2 * width))
+    with open_input(folder / f"captions.{p}.jsonl", 2 ** 14 * (n + 1000), folder) as file:
+        lines = file.read().split(b"\n")[:-1]               # a caption: at most 12,002 bytes
+    latents = array(latents, "<f2", n := min(n, len(lines)), width)
     sizes[f"captions.{p}.jsonl"] = n + sum(map(len, lines[:n]))
     captions = [json.loads(line) for line in lines[:n]]
     texts = {text: row for row, text in enumerate(dict.fromkeys(["", *captions]))} if dims else {}
@@ -1106,8 +1107,8 @@ class CacheWriter:
         self.rows = len(range(part, index["items"], index["parts"]))
         file, there = writable(self.folder / "index.json"), cache_index(folder)
         if there is None and part == 0:
-            if os.path.lexists(file):
-                raise ValueError(f"{file} is not a cache's; give another --out")
+            if any(not other.name.startswith(".") for other in self.folder.iterdir()):
+                raise ValueError(f"{file} is no cache's, in a folder with files; try another --out")
             with writing(file) as beside:
                 beside.write_text(json.dumps(index), encoding="utf-8")
         for key in index:
@@ -1117,8 +1118,8 @@ class CacheWriter:
             _, captions, self.texts, *_, sizes = _open_part(self.folder, index, part)
         except _BAD:                                         # nothing is there, or it is damaged
             captions, self.texts, sizes = [], {}, {}
-            for old in self.folder.glob(f"*.{part}.[fju]*"):               # f16, jsonl, u32
-                old.unlink()
+            for old in self.folder.glob(f"*.{part}.[fju]*"):               # tokens.1.0.f16: part 0
+                old.unlink() if old.suffix in (".f16", ".jsonl", ".u32") else None
         self.done = len(captions)
         for name, size in sizes.items():
             os.truncate(self.folder / name, size)
@@ -1255,10 +1256,9 @@ def picture_size(text):
     return side(high), side(wide or high)
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are a ValueError, so one line."""
     def error(self, message):
-        print(f"error: {plain(message)[:280]}; try --help", file=sys.stderr)
-        raise SystemExit(2)
+        raise ValueError(f"{message[:250]}; try --help")
 
 def parser():
     """Every flag. No abbreviations: a later flag could change the meaning of an old command."""

@@ -801,13 +801,15 @@ class PretrainedVAE(nn.Module):
 # and place), the raw numbers. Nothing in it can be executed. A checkpoint is one dict: its tensors
 # are stored under their path ("ema/model.patch.weight"), the rest as JSON in __metadata__.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TENSORS = re.compile("(ema|weights|optimizer|vae/weights)/.")  # their names; all else is a fact
+MAX_HEADER = 16 * 2 ** 20                                      # bytes
+seal = lambda facts, header: zlib.crc32(json.dumps([facts, header], sort_keys=True).encode())
 
 
 def save_checkpoint(path, state):
     """Writes a dict of numbers, strings, lists, tensors and dicts of these, beside `path`. The last
     step renames it: `path` is always complete. OSError (full disk), ValueError (not readable)."""
     tensors, plain = {}, (str, int, float, list, tuple, dict, torch.Tensor, type(None))
-
     def pick(tree, name=""):                               # the tree without its tensors
         rest = {}
         for key, value in tree.items():
@@ -823,14 +825,16 @@ def save_checkpoint(path, state):
     raw = lambda x: x.reshape(-1).view(torch.uint8).numpy()
     names, header, end, crc = {dtype: name for name, dtype in DTYPES.items()}, {}, 0, 0
     for name, x in tensors.items():
-        if x.dtype not in names or x.numel() == 0 or not x.isfinite().all():
-            raise ValueError(f"'{name}' cannot be saved: not {', '.join(DTYPES)}, or not finite")
+        if x.dtype not in names or not (x.numel() and x.isfinite().all() and TENSORS.match(name)):
+            raise ValueError(f"'{name}' cannot be saved: its name, {x.dtype}, or not finite")
         header[name] = {"dtype": names[x.dtype], "shape": list(x.shape),
                         "data_offsets": [end, end + x.nbytes]}
         end, crc = end + x.nbytes, zlib.crc32(raw(x), crc)
-    header["__metadata__"] = {"gentron": json.dumps({"facts": facts, "crc32": crc})}
-    text = json.dumps(header).encode()
+    about = {"facts": facts, "crc32": crc, "header": seal(facts, header)}
+    text = json.dumps({**header, "__metadata__": {"gentron": json.dumps(about)}}).encode()
     text += b" " * (-len(text) % 8)                        # the numbers begin at a multiple of 8
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"{path} cannot be saved: a vocabulary and flags of {len(text):,} bytes")
     temporary = Path(f"{path}.tmp")                        # in the same folder, so on the same disk
     try:
         temporary.unlink(missing_ok=True)                  # of a run that was killed; or a link
@@ -843,8 +847,7 @@ def save_checkpoint(path, state):
         temporary.replace(path)                            # atomic
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}; make room there, or choose "
-                      f"another folder; the old file is untouched") from None
+        raise OSError(f"cannot write {path}: {error.strerror or error}; make room there") from None
 
 
 def load_checkpoint(path):
@@ -864,11 +867,11 @@ def read_safetensors(file):
     length = int.from_bytes(head, "little")
     if head.startswith((b"PK\3\4", b"\x80\2\x8a\n")):
         raise ValueError("it is a .pt file; this code reads .safetensors files: train again")
-    if size < 8 or length > min(16 * 2 ** 20, size - 8):
+    if size < 8 or length > min(MAX_HEADER, size - 8):
         raise ValueError("it is no safetensors file")
     header = json.loads(file.read(length))
     about = json.loads(header.pop("__metadata__")["gentron"])
-    state, crc, end = about["facts"], 0, 0
+    state, crc, end, sealed = about["facts"], 0, 0, seal(about["facts"], header)
     check_facts(state)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -883,10 +886,10 @@ def read_safetensors(file):
         place, (*folders, leaf) = state, name.split("/")
         for folder in folders:
             place = place.setdefault(folder, {})
-        if leaf in place or not x.isfinite().all():
-            raise ValueError(f"{name:.80} is there twice, or holds numbers that are not finite")
+        if leaf in place or not TENSORS.match(name) or not x.isfinite().all():
+            raise ValueError(f"{name:.80} is no name for a tensor, or its numbers are not finite")
         place[leaf] = x
-    if end != size - 8 - length or crc != about["crc32"]:
+    if end != size - 8 - length or crc != about["crc32"] or about.get("header", sealed) != sealed:
         raise ValueError("it is damaged (checksum)")
     return state
 
@@ -894,13 +897,13 @@ def read_safetensors(file):
 def check_facts(facts):
     """ValueError unless what a checkpoint says of itself can be used. It builds nothing large."""
     whole = lambda x, low, high: type(x) is int and low <= x <= high
-    size, fps, vae, stage = (facts[name] for name in ("size", "fps", "vae", "stage"))
+    size, fps, vae, stage, made = (facts[x] for x in ("size", "fps", "vae", "stage", "made"))
     channels = None if "name" in vae else vae["config"]["channels"]
-    good = dict(stage=stage in ("vae", "t2i", "t2v"), step=whole(facts["step"], 0, 2 ** 40),
+    good = dict(stage=stage in ("vae", "t2i", "t2v"), flags=type(facts["flags"]) is dict,
                 size=len(size) == 2 and all(whole(n, 8, 4096) for n in size),
-                frames=whole(facts["frames"], 1, 1024),
-                fps=type(fps) in (int, float) and 0.01 <= fps <= 1000,
-                flags=type(facts["flags"]) is dict, made=type(facts["made"]) is dict,
+                frames=whole(facts["frames"], 1, 1024), step=whole(facts["step"], 0, 2 ** 40),
+                fps=type(fps) in (int, float) and 0.01 <= fps <= 1000, made=type(made) is dict,
+                **{x: type(facts.get(x, {})) is dict for x in ("ema", "weights", "optimizer")},
                 vae=whole(channels, 1, 1024) or type(vae.get("name")) is str)
     if stage != "vae":
         cfg, text = from_file(GenTronConfig, facts["config"]), facts["text"]
@@ -950,23 +953,21 @@ def load_weights(module, weights, what):
 
 
 def build_vae(state, download=False):
-    """The autoencoder that a checkpoint describes: a VAE or PretrainedVAE, frozen, fp32."""
+    """A checkpoint's autoencoder, frozen, fp32. download: True, or the one name that may be."""
     part = state["vae"]                          # {"name": ...} or {"config": ..., "weights": ...}
     if "name" in part:
-        return PretrainedVAE(part["name"], download)
+        return PretrainedVAE(part["name"], download in (True, part["name"]))
     with torch.device("meta"):                   # no memory before the weights are known to fit
-        vae = from_file(VAE, part["config"])
-    load_weights(vae, part.get("weights", {}), "the autoencoder")
-    return vae.requires_grad_(False).eval()
+        vae = from_file(VAE, part["config"]).requires_grad_(False).eval()
+    return load_weights(vae, part.get("weights", {}), "the autoencoder")
 
 
 def build_net(state, weights="ema", text=None, download=False):
     """The Net of a t2i or t2v checkpoint, in eval mode on the CPU. weights: "ema", or "weights"
     (raw). text: a ready encoder, to build none. ValueError if the weights lack or do not fit."""
     if state["stage"] == "vae" or weights not in state:
-        kind = {"ema": "EMA", "weights": "raw"}[weights]
-        raise ValueError(f"the checkpoint, of stage {state['stage']}, holds no {kind} weights of a "
-                         f"text-to-image model")
+        raise ValueError(f"the checkpoint, of stage {state['stage']}, holds no "
+                         f"{'EMA' if weights == 'ema' else 'raw'} weights")
     with torch.device("meta"):
         if text is None:
             text = from_file(TextEncoder, {**state["text"], "download": download})

@@ -5,29 +5,27 @@ train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
     python train.py --data my_pictures --steps 20000  # your own pictures and captions
     python train.py --stage t2v                       # text to video, from the newest t2i run
     python train.py --stage vae                       # how assets/vae.safetensors was made
-    python train.py --stage encode --data my_pictures --size 256 --text clip+t5 --out my_cache
-    torchrun --nproc_per_node=8 train.py --preset XL/2 --data my_cache
+    python train.py --stage encode --data my_pictures --text clip+t5 --out my_cache
     torchrun --nproc_per_node=8 train.py --preset G/2 --fsdp --checkpoint-activations --compile
 
-To resume, run the same command again. A run folder holds last.safetensors (the whole run),
-ema.safetensors (the file to share: half-precision EMA weights, autoencoder, vocabulary),
-config.json, log.csv, loss.png and samples/.
+To resume, run the same command again. ema.safetensors in the run's folder is the file to share.
 """
 
 import os
 
-# How long an idle OpenMP thread spins before it sleeps; torch reads it when it is loaded. The
-# default spin-wait stalls training when another process is busy.
+# Idle OpenMP threads sleep early. The default spin-wait stalls a run beside another busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import collections
 import copy
 import dataclasses
+import datetime
 import itertools
 import json
 import math
 import multiprocessing
+import re
 import shlex
 import signal
 import subprocess
@@ -180,14 +178,11 @@ class Latents:
         if self.chunks is None:
             z, captions = self.dataset[[self.order[i] for i in places]]
             return torch.as_tensor(z), list(captions)
-        missing = max(places) + 1 - len(self.captions)     # after a resume: nearly everything
-        with tqdm(total=missing, desc="encoding", leave=False,
-                  disable=missing < 32 * CHUNK or rank() > 0) as bar:
-            while len(self.captions) <= max(places):
-                clips, captions = next(self.chunks)
-                self.z += latents_of(self.vae, clips, self.device)         # rows (F, C, h, w)
-                self.captions += captions
-                bar.update(len(captions))
+        chunks = range(len(self.captions), max(places) + 1, CHUNK)     # after a resume: nearly all
+        for _ in tqdm(chunks, "encoding", leave=False, disable=len(chunks) < 32 or rank() > 0):
+            clips, captions = next(self.chunks)
+            self.z += latents_of(self.vae, clips, self.device)         # rows (F, C, h, w)
+            self.captions += captions
         return torch.stack([self.z[i] for i in places]), [self.captions[i] for i in places]
 
 @torch.no_grad()
@@ -275,31 +270,23 @@ def training_step(run, inputs, step, args):
 # ---- 4. Previews and the held-out loss: how well does it go? -------------------------------------
 LEVELS, MOST = (100, 300, 500, 700, 900), 64       # timesteps and items of the held-out loss
 
-# At most `most` of the numbers 0 .. n - 1, evenly spread: a list
 spread = lambda n, most: np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
 
 @torch.no_grad()
 def held_out_loss(ema, held, args):
     """The averaged weights' loss on items that never train, a number. The noise is the same each
-    time, so only the weights change it. held: their Latents; stage vae: a dataset."""
-    if args.stage == "vae":
-        x = G.to_float(np.stack([held[i][0] for i in spread(len(held), MOST)]))    # (n, 1, 3, H, W)
-        shape = (len(x), 1, ema.channels, *(side // ema.down for side in args.size))
-        inputs = [(x, G.randomness(PREVIEW_SEED, 0, shape).noise)]
-    else:                                                  # the same items at each of LEVELS
-        z0, captions = held[range(min(MOST, len(held)))]
-        draws = {t: G.randomness(PREVIEW_SEED, t, z0.shape) for t in LEVELS}
-        inputs = [(z0, captions, dataclasses.replace(d, t=torch.full((len(z0),), t)))
-                  for t, d in draws.items()]
-    losses = []
-    for part in inputs:
-        part = [x.float().to(args.device) if isinstance(x, torch.Tensor) else x for x in part]
+    time, so only the weights change it. held: their Latents."""
+    (z0, captions), losses = held[range(min(MOST, len(held)))], []
+    z0 = z0.float().to(args.device)
+    for t in LEVELS:                                       # the same items at each level of noise
+        draws = dataclasses.replace(G.randomness(PREVIEW_SEED, t, z0.shape),
+                                    t=torch.full((len(z0),), t))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            losses.append(ema(*part))
+            losses.append(ema(z0, captions, draws))
     return torch.cat(losses).mean().item()
 
 def preview_vae(path, vae, dataset, args):
-    """Eight pictures above their round trips. Returns their mean PSNR, for the log."""
+    """Eight pictures, held out if some are, above their round trips. Returns their mean PSNR."""
     clips = np.stack([dataset[i][0] for i in spread(len(dataset), 8)])     # (8, 1, H, W, 3)
     with torch.no_grad():
         back = G.to_uint8(vae.decode(vae.encode(G.to_float(clips).to(args.device))))
@@ -372,14 +359,12 @@ def train(args):
         use = f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
     say(f"done: {out}/ema.safetensors. {use}" + f" --frames {args.frames}" * (args.frames > 1))
 
-# ==== Below: engineering ==========================================================================
-# A first reading may stop here.
+# ==== Below: engineering, where a first reading may stop ==========================================
 
 # ---- 6. From flags to settings -------------------------------------------------------------------
 # Flags that change how a run is carried out, not its result. They may differ on resume.
-HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every", "dry_run",
-            "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile",
-            "benchmark"}
+HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every",
+            "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile"}
 # What weights are trained for. With --init it cannot change: they mean nothing in another model.
 OF_MODEL = {*CONFIG, "text", "schedule", "objective", "noise_shift"}
 # The flags as numbers, strings and lists, as checkpoints and config.json hold them (device: str)
@@ -403,6 +388,15 @@ def prepare(args):
     cache = args.data != "shapes" and D.cache_index(args.data) or {}
     known = last or init or {}
     saved = {**known.get("flags", {}), **known.get("config", {})}
+    # A file's flags pass the checks of typed ones ([64, 64] as 64x64)
+    write = lambda value: "x".join(map(str, value if type(value) is list else [value]))
+    names = [name for name in ("preset", "world", "size", *sorted(OF_MODEL - {*CONFIG}))
+             if saved.get(name) is not None]
+    try:
+        flags = [f"--{name.replace('_', '-')}={write(saved[name])}" for name in names]
+        saved |= {name: getattr(parser().parse_args(flags), name) for name in names}
+    except ValueError as error:
+        raise ValueError(f"damaged {args.out if last else args.init}: {error}") from None
     preset = args.preset or saved.get("preset") or "nano"
     paper = "paper " if preset != "nano" and stage != "vae" else ""
     column = COLUMNS.index(paper + stage.replace("encode", "t2i"))
@@ -428,10 +422,8 @@ def prepare(args):
             raise ValueError(f"--{name.replace('_', '-')} was {was[name]} in {file}, now it is "
                              f"{now[name]}; leave the flag out, or start another run: --out")
     if settings.batch_size % (processes() * settings.grad_accum) and stage != "encode":
-        raise ValueError(f"--batch-size {settings.batch_size} is not divisible by {processes()} "
-                         f"processes x --grad-accum {settings.grad_accum}")
+        raise ValueError("--batch-size is not divisible by processes x --grad-accum")
     settings.size = tuple(settings.size)
-    G.NoiseSchedule(settings.schedule, settings.objective, settings.noise_shift)   # may refuse
     return settings, last, init
 
 # ---- 7. From settings to a run that can start ----------------------------------------------------
@@ -450,8 +442,9 @@ def setup(args):
     git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude=*", shell=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
     state["made"] = last["made"] if last else {
-        "commit": git.stdout.strip(), "torch": str(torch.__version__), "numpy": np.__version__,
-        "python": sys.version.split()[0], "device": str(args.device), "seed": args.seed}
+        "commit": git.stdout.strip(), "torch": str(torch.__version__), "items": len(dataset)}
+    if (before := state["made"].get("items", len(dataset))) != len(dataset):
+        say(f"note: this run began with {before!s:.20} items, now there are {len(dataset)}")
     config = {"program": "gentron", "flags": flags_of(args), "made": state["made"]}
     if rank() == 0:                                        # to be read by people
         with D.writing(Path(args.out) / "config.json") as file:
@@ -459,9 +452,9 @@ def setup(args):
     # ---- what it trains on, and what shows how it goes
     shape = (args.batch_size, args.frames, vae.channels, *(side // vae.down for side in args.size))
     if args.stage == "vae":
-        run.held = held
+        run.held = None                                    # its previews show how it goes
         run.batches = vae_batches(dataset, shape, first, args)
-        run.preview = lambda path: preview_vae(path, run.ema, dataset, args)
+        run.preview = lambda path: preview_vae(path, run.ema, held or dataset, args)
     else:
         clips, stills, run.held = (x and Latents(x, vae, args) for x in (dataset, pictures, held))
         run.batches = joint_batches(clips, stills, net.schedule, shape, first, args)
@@ -472,7 +465,8 @@ def start(net, args, last=None):
     """A net -> what the training step takes: net, its averages, both parameter lists, AdamW."""
     ema, file = copy.deepcopy(net), f"{args.out}/{FILES[0]}"
     if last:
-        G.load_weights(ema, last["vae"]["weights"] if args.stage == "vae" else last["ema"], file)
+        averages = last["vae"].get("weights", {}) if args.stage == "vae" else last["ema"]
+        G.load_weights(ema, averages, file)
     blocks = net.model.blocks if args.stage != "vae" else []
     for block in blocks if args.checkpoint_activations else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -549,7 +543,7 @@ def build(args, data, last, init, typed):
         "schedule": {"kind": args.schedule, "objective": args.objective,
                      "shift": args.noise_shift}, "vae": find_vae(args)}
     # Only what the user typed may be downloaded, never a name that stands in a file
-    vae = G.build_vae(state, download=args.vae is not None).to(args.device)
+    vae = G.build_vae(state, download=args.vae).to(args.device)
     encoder = read_caches(data, vae, args) or G.TextEncoder(**state["text"], download=typed)
     multiple = vae.down * args.patch_size
     if any(side % multiple for side in args.size):
@@ -588,10 +582,8 @@ def vocabulary_of(dataset, spec):
         raise ValueError("--text labels needs class folders (corgi/1.jpg); try --text small")
     if spec == "labels" or "small" not in spec.split("+"):
         return list(dataset.labels) if spec == "labels" else []
-    if isinstance(dataset, D.Shapes):                      # (with the words for motions)
-        return D.vocabulary()
-    if cache_of(dataset):
-        return list(dataset.vocabulary)
+    if cache_of(dataset) or isinstance(dataset, D.Shapes):     # (with the words for motions)
+        return list(dataset.vocabulary) if cache_of(dataset) else D.vocabulary()
     # The commonest 8192, sorted: the order of files must not decide which vector is whose
     counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
     return sorted(word for word, _ in counts.most_common(8192))
@@ -616,8 +608,9 @@ def join_processes(name, sharded):
     device = G.pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)                      # where NCCL and FSDP look
-    if count > 1:           # if one process dies or hangs, torchrun or torch's time limit ends all
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if count > 1:           # if one process dies, torchrun ends the others; if one hangs, the limit
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=10))
     return device
 
 def shard(net, args):
@@ -693,19 +686,23 @@ def cache_of(dataset):
 # Are all encoders of a --text pretrained ones, which never change?
 is_frozen = lambda spec: not {None, "none", "small", "labels"} & {*(spec or "none").split("+")}
 
-def fingerprint(vae):
-    """A string that changes with any weight of an autoencoder."""
+def fingerprint(vae, spec=None):
+    """A string of an autoencoder's weights, and of a local text encoder's files (names, sizes)."""
     # In half precision, as ema.safetensors holds the weights
     weights = [x.half().cpu().numpy().tobytes() for _, x in sorted(vae.state_dict().items())]
-    return f"{zlib.crc32(b''.join(weights)):08x}"
+    files = [(p.name, p.stat().st_size) for name in (spec or "").split("+") if name
+             for p in sorted(Path(name).glob("*"))]
+    sums = [zlib.crc32(x) for x in (b"".join(weights), repr(files).encode())]
+    return " ".join(f"{x:08x}" for x in sums[:2 if spec else 1])
 
 def read_caches(data, vae, args):
     """A `StoredText` if all data are caches with the features of a frozen --text, else None. Raises
     ValueError for a cache of another --vae or --text: the shapes agree, so nothing else would."""
     frozen, caches = is_frozen(args.text), [cache_of(dataset) for dataset in data]
     for cache in filter(None, caches):
-        other = frozen and cache.text_spec not in (None, args.text)
-        if other or not cache.fingerprint.startswith(fingerprint(vae)):
+        spec = cache.text_spec if frozen else None
+        same = cache.fingerprint.startswith(fingerprint(vae, spec))
+        if spec not in (None, args.text) or not same:
             raise ValueError(f"{cache.root} was made with another --vae or --text (its --text is "
                              f"{cache.text_spec}); give those, or encode again")
     stored = frozen and all(cache and cache.dims for cache in caches)
@@ -733,7 +730,7 @@ def encode(args):
     is frozen. Process p of P encodes the items p, p + P, ..."""
     args, *_ = prepare(args)
     stop, P, (dataset, *_) = Stop(args.minutes, args.device), processes(), open_data(args)
-    vae = G.build_vae({"vae": find_vae(args)}, download=args.vae is not None).to(args.device)
+    vae = G.build_vae({"vae": find_vae(args)}, download=args.vae).to(args.device)
     # A trained text encoder has other features at each step: then only captions are stored
     text = G.TextEncoder(args.text, download=True).to(args.device) if is_frozen(args.text) else None
     spec, dims = (args.text, list(text.dims)) if text else (None, [])
@@ -741,7 +738,7 @@ def encode(args):
     source = f"{args.world}, {args.seed}" if args.data == "shapes" else dataset.fingerprint()
     index = {"items": len(dataset), "shape": list(probe.shape[1:]), "size": list(args.size),
              "frames": args.frames, "fps": args.fps, "labels": dataset.labels, "text": spec,
-             "vocabulary": vocabulary_of(dataset, "small"), "fingerprint": fingerprint(vae),
+             "vocabulary": vocabulary_of(dataset, "small"), "fingerprint": fingerprint(vae, spec),
              "dims": dims, "parts": P, "data": args.data, "source": source}
     writer = D.CacheWriter(args.out, index, 0) if rank() == 0 else None
     barrier(args)                                          # process 0 has written the index
@@ -765,7 +762,8 @@ def encode(args):
                 bar.update(len(captions))
     barrier(args)                                          # all parts are written
     say(f"stopped by {why}. To go on: the same command" if why else
-        f"done: {args.out}, {len(dataset):,} items; python train.py --data {shlex.quote(args.out)}")
+        f"done: {len(dataset):,} items; python train.py --data {shlex.quote(args.out)}"
+        + (f" --vae {shlex.quote(args.vae)}" if args.vae else ""))
 
 # ---- 10. The run folder --------------------------------------------------------------------------
 FILES = ("last.safetensors", "ema.safetensors", "config.json", "log.csv", "loss.png")
@@ -795,8 +793,9 @@ def claim_folder(args):
             raise ValueError(f"{out} holds {there[0]}, but no run; give another folder by --out")
     barrier(args)                                          # nobody looks before it has moved
     state = G.load_checkpoint(last) if last.exists() else None
-    if state and not state.keys() >= {"weights", "optimizer"}:
-        raise ValueError(f"{last} is not all of a run; give another --out")
+    parts = {"weights", "optimizer", "vae" if args.stage == "vae" else "ema"}
+    if state and (state["stage"] != args.stage or not state.keys() >= parts):
+        raise ValueError(f"{last} is not all of a run of this stage; give another --out")
     return state
 
 def lock_folder(out):
@@ -943,18 +942,12 @@ def measure(args):
         n = [sum(p.numel() for p in model(temporal).parameters()) for temporal in (False, True)]
     say(f"{args.preset}: {', '.join(f'{name} {value}' for name, value in config.items())}",
         f"{n[0] / 1e6:.1f} M parameters, {n[1] / 1e6:.1f} M with temporal layers",
-        "GB of a process, fp32; activations come on top: see --benchmark",
-        f"{'':16}{'weights':>10}{'gradients':>10}{'AdamW':>10}{'EMA':>10}{'all':>10}")
-    for N in (1, max(8, processes())):                     # bytes a parameter; AdamW has 2 moments
-        parts = [f"{k * n[video] / N / 1e9:10.2f}" for k in (4, 4, 8, 4, 20)]
-        say(f"{f'--fsdp on {N}' if N > 1 else 'without --fsdp':16}{''.join(parts)}")
+        f"{20 * n[video] / 1e9:.2f} GB in fp32: weights 4 bytes a parameter, gradients 4, AdamW 8, "
+        f"EMA 4; with --fsdp on N processes 1 / N of it. Activations come on top: --benchmark")
     if args.benchmark:
         import resource  # here, because Windows has none
-        # A model is mostly matrix products: one of two large matrices is the best it could reach
-        side, kind = 8192 if cuda else 512, {"bf16": torch.bfloat16}.get(args.precision)
-        a = torch.randn(side, side, device=args.device, dtype=kind)
         say(f"batch {B}, {processes()} x {args.device}, {args.precision}; medians of {steps} steps",
-            "frames    s/step   items/s   TFLOP/s   of matmul   peak GB")
+            "frames    s/step   items/s   TFLOP/s   peak GB")
     schedule = G.NoiseSchedule(args.schedule, args.objective, args.noise_shift)
     for frames in all_frames if video else [1]:
         shape, times = (B, frames, 4, args.size[0] // 8, args.size[1] // 8), []
@@ -968,23 +961,30 @@ def measure(args):
         inputs = (torch.randn(shape), [""] * B, G.randomness(0, 0, shape, schedule))
         inputs = [x[own_part(B)] for x in inputs]
         for step in tqdm(range(3 + steps), leave=False, disable=rank() > 0):     # 3 to warm up
-            begin, _, middle = time.monotonic(), (a @ a)[0, 0].item(), time.monotonic()
+            begin = time.monotonic()
             training_step(run, inputs, step, args)
-            times.append((middle - begin, time.monotonic() - middle))
-        matmul, seconds = np.median(times[3:], axis=0)
-        rate, peak = flops * B / seconds / processes(), torch.cuda.max_memory_allocated() if cuda \
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024     # kilobytes on Linux
-        say(f"{frames:6}{seconds:10.3f}{B / seconds:10.1f}{rate / 1e12:10.3g}"
-            f"{rate / (2 * side ** 3 / matmul):12.0%}{peak / 1e9:10.2f}")
+            times.append(time.monotonic() - begin)
+        seconds = np.median(times[3:])
+        peak = torch.cuda.max_memory_allocated() if cuda else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024      # kilobytes on Linux
+        say(f"{frames:6}{seconds:10.3f}{B / seconds:10.1f}"
+            f"{flops * B / seconds / processes() / 1e12:10.3g}{peak / 1e9:10.2f}")
 
 # ---- 12. Main ------------------------------------------------------------------------------------
 def main(argv=None):
     """Command line -> exit code: 0 done or stopped and saved, 2 for what the user can mend."""
-    job = lambda args: (measure if args.dry_run or args.benchmark else
-                        encode if args.stage == "encode" else train)(args)
+    def work():
+        args = parser().parse_args(argv)
+        try:
+            (measure if args.dry_run or args.benchmark else
+             encode if args.stage == "encode" else train)(args)
+        except RuntimeError as error:
+            if processes() > 1 and re.search("gloo|nccl|peer", str(error), re.I):
+                raise ValueError("another process of this run has ended or hangs") from None
+            raise
     try:
-        return D.run_main(lambda: job(parser().parse_args(argv)), "try --grad-accum, --fsdp, "
-                          "--checkpoint-activations, or a smaller --batch-size or --preset")
+        return D.run_main(work, "try --grad-accum, --fsdp, --checkpoint-activations, or a smaller "
+                                "--batch-size or --preset")
     finally:
         # The loader's processes ignore SIGTERM, so an exit that asks them to end would wait. Its
         # own SIGCHLD handler raises when one of them dies.
