@@ -1070,7 +1070,7 @@ def cache_index(path):
                 and whole(4096, *x["size"], *x["shape"], x["frames"]) and type(x["fps"]) is not bool
                 and whole(10 ** 10, x["items"], x["parts"], *x["dims"]) and 0.01 <= x["fps"] <= 1000
                 and words(x["fingerprint"], *x["labels"], *x["vocabulary"])
-                and words(x["text"]) == bool(x["dims"])):
+                and (words(x["text"]) if x["dims"] else x["text"] is None)):
             return x
     raise ValueError(f"damaged cache, {path}; delete it and encode again")
 

@@ -784,6 +784,7 @@ def test_what_is_saved_is_loaded_here_and_by_the_safetensors_library(tmp_path):
     # The library sorts tensors by their size of a number and name, and keeps our facts
     with library.safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["gentron"])
+    facts.pop("header")                                     # the header's own checksum
     library.save_file(theirs, path, {"gentron": json.dumps(facts | {"crc32": zlib.crc32(b"")})})
     with pytest.raises(ValueError, match="checksum"):
         G.load_checkpoint(path)
@@ -1252,9 +1253,12 @@ def test_ema_safetensors_holds_averages_and_a_bad_step_changes_nothing(here, mon
     assert not {"weights", "optimizer"} & shared.keys()
     if stage == "vae":                                      # mean 0, deviation 1 by measurement
         clips = np.stack([D.Shapes("full", 40, 0, (32, 32))[i][0] for i in range(40)])
-        z = G.build_vae(last).encode(G.to_float(clips))     # (half of the run's are other scenes)
-        assert z.mean((0, 1, 3, 4)).abs().max() < 0.2
-        assert (z.std((0, 1, 3, 4)) - 1).abs().max() < 0.3
+        vae = G.build_vae(last)                             # (half of the run's are other scenes)
+        mean, logvar = ((x - shift) for x, shift in zip(
+            vae.posterior(G.to_float(clips)), (vae.mean, 2 * vae.std.log())))
+        assert (mean / vae.std).mean((0, 1, 3, 4)).abs().max() < 0.2
+        drawn = (mean / vae.std).var((0, 1, 3, 4)) + logvar.exp().mean((0, 1, 3, 4))
+        assert (drawn - 1).abs().max() < 0.3                # the variance of z as it is drawn
 
 def test_every_epoch_shows_each_item_once_in_an_order_of_its_own_and_learns(here, monkeypatch):
     heard, z0_of = [], {}
@@ -1342,7 +1346,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(here, monkeypatch, stage, how):
         said = run(train, *TINY, *flags, "--out", "parts", "--steps",
                    done if how == "--steps" else 9)
         if how != "--steps" and done < 9:
-            assert f"stopped by {how} after step {done} of 9, saved" in said
+            assert f"stopped by {how} after step {done} of 9; the same command" in said
             assert how != "SIGINT" or signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         for name in ("last", "ema"):
             assert G.load_checkpoint(f"parts/{name}.safetensors")["step"] == done
@@ -1397,7 +1401,7 @@ def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, 
     assert config["flags"] == state["flags"] and config["flags"].keys() == {
         action.dest for action in train.parser()._actions} - {"help"}
     made = config["made"]
-    assert state["made"] == made and made["torch"] == torch.__version__ and made["python"]
+    assert state["made"] == made and made["torch"] == torch.__version__ and made["items"]
     harmless = {"steps": 10, "workers": 1, "sample_every": 3, "save_every": 4}
     trained("--steps", "10", "--workers", "1", "--sample-every", "3", "--save-every", "4")
     assert read() == {**config, "flags": {**config["flags"], **harmless}}
@@ -1412,33 +1416,34 @@ def test_the_log_is_mended_or_left_alone(here, tiny_run):
     refused(train, [*TINY, *NET, "--steps", "4", "--out", "run"], "run/log.csv")
     assert log.read_text() == theirs
 
-@pytest.mark.parametrize("stage", ["vae", "t2i"])
-def test_a_part_of_a_folder_never_trains_and_is_watched(here, monkeypatch, sheets, stage):
+def test_a_part_of_a_folder_never_trains_and_is_watched(here, monkeypatch, sheets):
     """Previews are spread over what trains; the held-out loss stands in the log and the plot."""
     G.save_checkpoint("vae.safetensors", random_state("vae", flags={"data": "shapes"}))
     heard, held = set(), D.hold_out(D.Folder(pictures("mine", 40), (32, 32)), 0)[1].captions
     assert D.hold_out(D.Folder("mine", (32, 32)), 1)[1].captions != held   # the seed chooses
     losses_seen(monkeypatch, lambda net, z0, captions, draws: heard.update(captions))
-    flags = [*TINY, *NET[:2 * (stage == "t2i")], "--stage", stage, "--data", "mine", "--steps", 20,
-             "--sample-every", 10, "--out"]
+    flags = [*TINY, *NET, "--data", "mine", "--steps", 20, "--sample-every", 10, "--out"]
     said = run(train, *flags, "run")
-    if stage == "t2i":
-        assert len(held) == 1 and heard == set(D.Folder("mine").captions) - set(held)
-        shown = {int(label.split("n")[-1]) for label in sheets[-1][1]}
-        assert len(shown) == 12 and max(shown) - min(shown) > 30 and set(sheets[-1][1]) <= heard
-        assert "has only seen the shapes world" in said and "40 pictures" in said
-        assert " right" not in said                         # no judge reads one's own pictures
-        assert G.load_checkpoint("run/ema.safetensors")["flags"]["layout_steps"] == 0
-        shapes = run(train, *TINY, *NET, "--steps", "1", "--out", "shapes")
-        assert "has only seen" not in shapes and re.search(r"\d+ of 12 right", shapes)
+    assert len(held) == 1 and heard == set(D.Folder("mine").captions) - set(held)
+    shown = {int(label.split("n")[-1]) for label in sheets[-1][1]}
+    assert len(shown) == 12 and max(shown) - min(shown) > 30 and set(sheets[-1][1]) <= heard
+    assert "has only seen the shapes world" in said and "40 pictures" in said
+    assert " right" not in said                             # no judge reads one's own pictures
+    assert G.load_checkpoint("run/ema.safetensors")["flags"]["layout_steps"] == 0
     losses = [row["held_out"] for row in log_of(Path("run"))]
     assert [bool(x) for x in losses] == [k in (10, 20) for k in range(1, 21)]
     assert losses[9] != losses[19] and f"held out {float(losses[19]):.4f}" in said
     plotted = Counter(map(tuple, np.asarray(Image.open("run/loss.png")).reshape(-1, 3).tolist()))
     curves = [ink for ink, n in plotted.items() if n > 20 and max(ink) - min(ink) > 60]
-    assert len(curves) >= (1 if stage == "vae" else 5)      # the held-out loss, four bands of noise
+    assert len(curves) >= 5                                 # the held-out loss, four bands of noise
     run(train, *flags, "still", "--lr", "0")                # always at the same noise
     assert len({row["held_out"] for row in log_of(Path("still"))[9::10]}) == 1
+    shapes = run(train, *TINY, *NET, "--steps", "1", "--out", "shapes")
+    assert "has only seen" not in shapes and re.search(r"\d+ of 12 right", shapes)
+    run(train, *TINY, "--stage", "vae", "--data", "mine", "--steps", 1)
+    kept = next(x for x, caption in map(D.Folder("mine", (32, 32)).__getitem__, range(40))
+                if caption in held)
+    assert len(sheets[-1][0]) == 2 and (sheets[-1][0][0] == kept).all()    # and its round trip
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
@@ -1603,14 +1608,13 @@ def test_dry_run_and_benchmark_tell_sizes_and_speeds_and_write_nothing(here):
         nets = [G.GenTron(G.GenTronConfig(**G.PRESETS["G/2"], temporal=on)) for on in (False, True)]
     n, n_temporal = (sum(p.numel() for p in net.parameters()) for net in nets)
     assert f"{n / 1e6:.1f} M parameters, {n_temporal / 1e6:.1f} M with temporal" in said
-    row = next(line for line in said.splitlines() if "without --fsdp" in line).split()[-5:]
-    assert [*map(float, row)] == pytest.approx([k * n / 1e9 for k in (4, 4, 8, 4, 20)], abs=0.01)
+    assert f"{20 * n / 1e9:.2f} GB in fp32" in said
     said = run(train, *TINY, *NET, "--benchmark", "--stage", "t2v", "--steps", "2")
     rows = [line.split() for line in said.splitlines() if re.match(r" +\d+ +\d", line)]
     assert [int(row[0]) for row in rows] == [1, 4, 8, 16, 32] and files_here() == files
-    for _, seconds, rate, flops, share, gb in rows:
+    for _, seconds, rate, flops, gb in rows:
         assert float(seconds) * float(rate) == pytest.approx(4, rel=0.2)    # the batch size
-        assert float(flops) > 0 and 0 < int(share.strip("%")) < 300 and 0.1 < float(gb) < 50
+        assert float(flops) > 0 and 0.1 < float(gb) < 50
 
 def together(*jobs):
     """train.main(flags) for each job, on two gloo processes of the CPU -> what both said."""

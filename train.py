@@ -367,8 +367,7 @@ HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_eve
             "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile"}
 # What weights are trained for. With --init it cannot change: they mean nothing in another model.
 OF_MODEL = {*CONFIG, "text", "schedule", "objective", "noise_shift"}
-# The flags as numbers, strings and lists, as checkpoints and config.json hold them (device: str)
-flags_of = lambda args: json.loads(json.dumps(vars(args), default=str))
+flags_of = lambda args: json.loads(json.dumps(vars(args), default=str))    # as files hold them
 
 def prepare(args):
     """Flags as given -> (settings, last, init): a value for each flag, the run's own checkpoint and
@@ -385,13 +384,15 @@ def prepare(args):
         if stage == "t2v" and not last:
             args.init = args.init or G.find_checkpoint(("t2i",))
         init = G.load_checkpoint(args.init) if args.init and not last else None
+        if init and stage != "vae" and "config" not in init:
+            raise ValueError(f"--init {args.init} is an autoencoder; give it as --vae")
     cache = args.data != "shapes" and D.cache_index(args.data) or {}
     known = last or init or {}
     saved = {**known.get("flags", {}), **known.get("config", {})}
+    saved = {name: value for name, value in saved.items() if value is not None}
     # A file's flags pass the checks of typed ones ([64, 64] as 64x64)
     write = lambda value: "x".join(map(str, value if type(value) is list else [value]))
-    names = [name for name in ("preset", "world", "size", *sorted(OF_MODEL - {*CONFIG}))
-             if saved.get(name) is not None]
+    names = sorted({"preset", "world", "size", *OF_MODEL} & {*saved} - {*CONFIG})
     try:
         flags = [f"--{name.replace('_', '-')}={write(saved[name])}" for name in names]
         saved |= {name: getattr(parser().parse_args(flags), name) for name in names}
@@ -403,8 +404,7 @@ def prepare(args):
     # What was typed comes first, then the cache's, the checkpoint's, the default
     typed = {name: value for name, value in vars(args).items() if value is not None}
     fitting = {name: cache[name] for name in ("size", "fps", "frames") if name in cache}
-    inherited = {name: saved[name] for name in (*OF_MODEL, "world", "size")
-                 if saved.get(name) is not None}
+    inherited = {name: saved[name] for name in ("world", "size", *OF_MODEL) if name in saved}
     defaults = {**vars(parser().parse_args([])), **{name: f.default for name, f in CONFIG.items()},
                 **G.PRESETS[preset], **{name: row[column] for name, row in DEFAULTS.items()},
                 "preset": preset, "precision": "bf16" if args.device.type == "cuda" else "fp32"}
@@ -534,8 +534,6 @@ def build(args, data, last, init, typed):
         net = G.build_vae(known) if known else G.VAE(args.channels)
         net = G.load_weights(net, last["weights"], path) if last else net
         return net.requires_grad_(True), net, {}
-    if init and "config" not in init:
-        raise ValueError(f"--init {path} is an autoencoder; give it as --vae")
     if init and args.vae not in (None, init["vae"].get("name")):
         raise ValueError(f"--init {path} keeps its own autoencoder; leave --vae out")
     state = {key: known[key] for key in ("config", "text", "schedule", "vae")} if known else {

@@ -172,7 +172,7 @@ def test_exercise_6_the_average_follows_the_weights():
     args = SimpleNamespace(lr=0.1, lr_decay=0, grad_accum=1, ema=0.9, precision="fp32",
                            device=torch.device("cpu"))
     net, x = Squares(weights), torch.randn(4, 3)
-    run = SimpleNamespace(parallel=net, weights=weights, averages=averages,
+    run = SimpleNamespace(net=net, weights=weights, averages=averages,
                           optimizer=torch.optim.AdamW(weights))
     for step in (0, 20, 200):
         before = [a.clone() for a in averages]
