@@ -2056,11 +2056,17 @@ sample --bench R | prompts                       || sample R --ckpt newer.safete
 data | --preview                                 || data --preview out.png --data gone | gone
 data --preview out.txt | .txt                    || data --preview /proc/x/a.png | /proc/x
 data --preview few/00.png --data few | few/00.png
+data --preview out.gif --frames 1024 --size 4096 | memory
+train --data deep | deep                         || train --data loop | loop
+train --out loop | loop                          || sample --compare loop few | loop
+sample R --out loop/x.png | loop                 || sample R --out blank.txt/x.png | blank.txt
 """
 
 def bad_inputs():
     """Files to go wrong with, in the working folder."""
     pictures("few", 3), put("other/x.png", one(0), "x"), put("m.png", one(0)), os.mkdir("empty")
+    os.mkdir("deep"), Path("deep/index.json").write_text("[" * 100_000)
+    Path("loop").symlink_to("loop")
     for name, data in (("broken.txt", b"no picture"), ("old.pt", b"PK\3\4" + bytes(99)),
                        ("blank.txt", b"\n"), ("binary.txt", b"\xff\0"), ("newer.safetensors", Path(
                            "t2i.safetensors").read_bytes().replace(b'"depth', b'"dephh'))):
@@ -2145,7 +2151,8 @@ def bad_checkpoints():
     start, first = 8 + int.from_bytes(good[:8], "little"), "vae/weights/mean"
     header = json.loads(good[8:start])
     about = json.loads(header.pop("__metadata__")["gentron"])
-    def packed(change, *lie):           # the checksum stays right, as an attacker would have it
+    about.pop("header")                 # its checksum, which an attacker leaves out
+    def packed(change, *lie):
         entries, said = copy.deepcopy((header, about))
         change(entries, said["facts"], *lie)
         metadata = {"__metadata__": {"gentron": json.dumps(said)}}
@@ -2162,7 +2169,8 @@ def bad_checkpoints():
         yield packed(set_fact, place, value), False
     for field, value in ENTRIES:
         yield packed(lambda entries, _: entries[first].update({field: value})), True
-    for name in ("size", "stage/x", "schedule/shift", "text"):     # a tensor in place of a fact
+    for name in ("size", "stage/x", "schedule/shift", "text", "made/x", "vae/name",
+                 "flags/p_first_frame"):                    # a tensor in place of a fact
         yield packed(lambda entries, _: entries.update({name: entries.pop(first)})), True
     for name in ("vae/weights/std", "a\n\x1b[31m"):         # two that share their numbers
         yield packed(lambda entries, _: entries.update({name: entries[first]})), True
@@ -2282,3 +2290,72 @@ def test_what_is_printed_to_be_copied_is_quoted(here):
     assert shlex.split(use)[-1] == "r; touch x/ema.safetensors"
     subprocess.run(["sh", "-c", f"python() {{ :; }}\n{draw}\n{use}"], check=True)
     assert not Path("evil").exists() and not Path("x").exists()
+
+HOSTILE_STATES = {                                          # of last.safetensors
+    "no dict": lambda s: s.update(optimizer=7), "no moments": lambda s: s.update(optimizer={}),
+    "step of 5": lambda s: s["optimizer"].update(step=torch.ones(5)),
+    "exp_avg of another shape": lambda s: s["optimizer"].update(exp_avg=dict.fromkeys(
+        s["optimizer"]["exp_avg"], torch.ones(1))),
+    "no ema": lambda s: s.pop("ema"), "another stage": lambda s: s.update(stage="vae", flags={}),
+    **{name: lambda s, name=name, value=value: s["flags"].update({name: value}) for name, value in (
+        ("world", "evil"), ("preset", [1]), ("size", "x"), ("schedule", {"a": 1}))}}
+
+def test_a_hostile_last_safetensors_is_one_line_and_stays(here, tiny_run, monkeypatch):
+    copy_of(tiny_run)
+    file = Path("run/last.safetensors")
+    good = file.read_bytes()
+    for what, change in HOSTILE_STATES.items():
+        file.write_bytes(good)
+        change(state := G.load_checkpoint(file))
+        with monkeypatch.context() as patch:
+            patch.setattr(G, "check_facts", lambda _: None)
+            G.save_checkpoint(file, state)
+        bad = file.read_bytes()
+        refused(train, [*TINY, *NET, "--steps", "9", "--out", "run"], "run")
+        assert file.read_bytes() == bad, what
+
+def test_every_bit_of_a_header_counts_and_a_header_too_large_is_not_saved(tmp_path):
+    path, luck = tmp_path / "a.safetensors", random.Random(0)
+    G.save_checkpoint(path, random_state("t2i"))
+    data, whole = path.read_bytes(), G.load_checkpoint(path)
+    for _ in range(150):
+        flipped = bytearray(data)
+        flipped[luck.randrange(8, 8 + int.from_bytes(data[:8], "little"))] ^= 1 << luck.randrange(8)
+        path.write_bytes(flipped)
+        with contextlib.suppress(ValueError):               # blank space may change
+            assert same(G.load_checkpoint(path), whole)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        G.save_checkpoint(path, random_state("vae", flags={"x": "x" * (17 << 20)}))
+    assert path.read_bytes() == data and os.listdir(tmp_path) == [path.name]
+
+def test_encode_leaves_other_peoples_files_alone(here):
+    flags = ["--stage", "encode", *NET, "--size", "32", "--workers", "0", "--out"]
+    for name in ("photo.0.jpg", "notes.0.final.txt", "captions.0.jsonl", "index.json"):
+        Path("web").mkdir(), Path("web", name).write_text("precious")
+        refused(train, [*flags, "web"], "index.json")
+        assert Path("web", name).read_text() == "precious"
+        shutil.rmtree("web")
+    run(train, *flags, "cache"), Path("cache/photo.0.jpg").write_text("precious")
+    n = len(D.Cache("cache"))
+    os.truncate("cache/captions.0.jsonl", 5)                # damaged: begun again
+    run(train, *flags, "cache")
+    assert Path("cache/photo.0.jpg").read_text() == "precious" and len(D.Cache("cache")) == n
+    os.truncate("cache/captions.0.jsonl", 2 ** 31)          # sparse: it takes no disk, but memory
+    with pytest.raises(ValueError, match="damaged"):
+        D.Cache("cache")
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full", "| true"])
+def test_closed_and_full_streams_end_nothing(tmp_path, streams):
+    command = f"{sys.executable} {HERE / 'data.py'} --preview out.png --n 2 {streams}"
+    said = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True)
+    assert said.returncode == 0 and Image.open(tmp_path / "out.png") and b"rror" not in said.stderr
+
+def test_a_name_in_an_autoencoders_file_is_not_fetched(here, monkeypatch):
+    asked = []
+    G.save_checkpoint("named.safetensors", random_state("t2i", vae={"name": "evil/repo"}))
+    monkeypatch.setattr(G, "PretrainedVAE", lambda *given: asked.append(given) or 1 / 0)
+    for flags in (["--vae", "named.safetensors"], ["--vae", "evil/repo"]):
+        with contextlib.suppress(ZeroDivisionError):
+            train.main([*TINY, "--steps", "1", *flags])
+    assert asked == [("evil/repo", False), ("evil/repo", True)]

@@ -72,8 +72,7 @@ DEFAULTS = {
     "fps":           (4.0,      4.0,      4.0,      4.0,         4.0),
 }
 WARMUP = 100            # OURS: steps over which the learning rate rises
-# Items of the shapes world: the autoencoder sees each once, the others train for many epochs
-DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)
+DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)      # items of the shapes world
 WIDER = dict(basic=1, full=3)           # the full world says more, so it has more t2i and t2v items
 PREVIEW_SEED = 10 ** 6  # the dataset seed of the previews' prompts; no run trains on it
 # The fields of the model's config that are flags: a new field becomes a flag by itself
@@ -481,14 +480,17 @@ def start(net, args, last=None):
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
     for name, p in net.named_parameters() if last else ():
-        optimizer.state[p] = {"step": last["optimizer"]["step"].to(p.device, copy=True)}
-        for key in ("exp_avg", "exp_avg_sq"):
-            x = last["optimizer"][key].get(name, torch.empty(0)).to(p.device, p.dtype)
-            if x.shape != p.shape:
-                raise ValueError(f"{file} is damaged: its {key} of {name}")
-            if isinstance(p, DTensor):      # every process has read the file, and takes its share
-                x = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-            optimizer.state[p][key] = x
+        try:
+            m, v, t = (last["optimizer"][key] for key in ("exp_avg", "exp_avg_sq", "step"))
+            old = {"step": t.clone().view(()), "exp_avg": m[name].view(p.shape),
+                   "exp_avg_sq": v[name].view(p.shape)}
+        except (LookupError, TypeError, AttributeError, RuntimeError):
+            raise ValueError(f"{file} is damaged: its moments of {name}") from None
+        for key, x in old.items():
+            old[key] = x = x.to(p.device)
+            if isinstance(p, DTensor) and x.ndim:          # each process keeps its share
+                old[key] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+        optimizer.state[p] = old
     return argparse.Namespace(net=net, ema=ema, weights=list(net.parameters()),
                               averages=list(ema.parameters()), optimizer=optimizer)
 
@@ -646,8 +648,7 @@ def gather(x):
     return torch.cat(parts).cpu()
 
 class Stop:
-    """When to stop early: --minutes, SIGTERM or Ctrl-C. The loop finishes its step and saves; a
-    second Ctrl-C ends the process at once."""
+    """--minutes, SIGTERM, Ctrl-C: the loop ends its step and saves. A second Ctrl-C ends it all."""
     def __init__(self, minutes, device):
         self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
         self.device, self.signal = device, 0
@@ -921,8 +922,7 @@ def plot_log(log):
 
 # ---- 11. --dry-run: how large? --benchmark: how fast? --------------------------------------------
 def measure(args):
-    """--dry-run prints what the flags' model would take, and allocates none of it. --benchmark then
-    times training steps on random data, a line a number of frames."""
+    """--dry-run: what the flags' model would take; nothing is allocated. --benchmark: times it."""
     steps, all_frames = args.steps or 10, [args.frames] if args.frames else [1, 4, 8, 16, 32]
     args, *_ = prepare(args)
     B, video, cuda = args.batch_size, args.stage == "t2v", args.device.type == "cuda"
