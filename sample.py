@@ -107,8 +107,8 @@ def read_prompts(args):
     if args.prompts:
         lines = D.read_text(args.prompts, most=2 ** 26).splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError('no prompt; try: python sample.py "a red circle"')
+    if not 0 < len(prompts) * args.per_prompt <= 10 ** 6:
+        raise ValueError('no prompt, or over a million; try: python sample.py "a red circle"')
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     # Each picture has its own seed. Two pictures of one noise would share their layout
     return prompts, [args.seed + k for k in range(len(prompts))]

@@ -2053,6 +2053,7 @@ sample R --init-image broken.txt | broken.txt    || sample R --init-image m.png 
 sample R --first-frame m.png | --frames          || sample R --negative 'a rde' | rde
 sample R --init-image m.png --frames 2 --ckpt t2v.safetensors | --frames
 sample --bench --first-frame m.png --frames 2 | --first-frame
+sample --prompts many.txt --per-prompt 10000 | million
 sample LONG | characters                         || sample R --ckpt nan.safetensors | finite
 train --siz 64 | --siz                           || sample R --out out.tiff | .tiff
 sample --bench R | prompts                       || sample R --ckpt newer.safetensors | newer
@@ -2071,7 +2072,8 @@ def bad_inputs():
     os.mkdir("deep"), Path("deep/index.json").write_text("[" * 100_000)
     Path("loop").symlink_to("loop")
     for name, data in (("broken.txt", b"no picture"), ("old.pt", b"PK\3\4" + bytes(99)),
-                       ("blank.txt", b"\n"), ("binary.txt", b"\xff\0"), ("newer.safetensors", Path(
+                       ("blank.txt", b"\n"), ("binary.txt", b"\xff\0"),
+                       ("many.txt", b"a red circle\n" * 10 ** 5), ("newer.safetensors", Path(
                            "t2i.safetensors").read_bytes().replace(b'"depth', b'"dephh'))):
         Path(name).write_bytes(data)
     state = random_state("t2i")

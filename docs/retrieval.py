@@ -38,16 +38,16 @@ def psnr(sampler, clips):
     return -10 * np.log10(np.maximum(error, 1e-10)).mean()
 
 
-def main():
+def work(argv):
+    """Draws, compares, prints; see the top of this file."""
     p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("ckpt", help="ema.safetensors of a run")
     p.add_argument("seen", help="the folder that it was trained on")
     p.add_argument("heldout", help="a folder of names that it has not seen")
     p.add_argument("--n", type=D.number(int, 1, 10 ** 6), default=200, help="names a folder (200)")
-    p.add_argument("--cfg", default="4", help="text guidance (4)")
     p.add_argument("--row", metavar="FILE.png", help="draw a row of held-out names")
-    args = p.parse_args()
-    options, = sample.settings(sample.parser().parse_args(["--ckpt", args.ckpt, "--cfg", args.cfg]))
+    args = p.parse_args(argv)
+    options, = sample.settings(sample.parser().parse_args(["--ckpt", args.ckpt]))
     sampler = sample.Sampler(options, args.ckpt)
     flags = sampler.state["flags"]
     folders = [D.open_data(path, sampler.size, 1, sampler.fps, "", 0, 0)
@@ -77,5 +77,10 @@ def main():
         sample.save(Path(args.row), [sheet], 1)
 
 
+def main(argv=None):
+    """Command line -> exit code: 0, 2 for what the user can mend."""
+    return D.run_main(lambda: work(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(D.run_main(main))
+    sys.exit(main())

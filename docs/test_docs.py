@@ -91,7 +91,7 @@ def test_a_folder_of_ones_own_pictures_from_autoencoder_to_sample(here, kind, as
 
 # ---- The shipped models --------------------------------------------------------------------------
 
-NANO, SHIPPED_VAE = HERE / "assets/nano.safetensors", HERE / "assets/vae.safetensors"
+NANO, EMOJI, SHIPPED_VAE = (HERE / f"assets/{x}.safetensors" for x in ("nano", "emoji", "vae"))
 # Shares that must be right: of 20 prompts a category (10 of clips), with room for so few; and, of
 # 60 true pictures after the autoencoder, each category's ceiling
 FLOORS = {"color": 0.6, "spatial": 0.6, "texture": 0.3, "motion": 0.7, "identity": 0.6}
@@ -100,13 +100,15 @@ GOLDEN = [RED, "a green star", "a blue ring", "a yellow triangle"]
 needs_nano = pytest.mark.skipif(not NANO.exists(), reason="no assets/nano.safetensors here")
 
 @needs_nano
-def test_the_shipped_model_draws_what_it_drew():
-    """For a new model: Image.fromarray(np.concatenate(pictures)).save("assets/golden.png")."""
-    pictures = sampler_of("--steps", 25, ckpt=str(NANO))(GOLDEN, range(4))[:, 0]
-    golden = np.asarray(Image.open(HERE / "assets/golden.png")).reshape(pictures.shape)
+@pytest.mark.parametrize("file,prompts", [(NANO, GOLDEN), (EMOJI, [
+    "woman teacher, light skin tone", "spiral shell", "hot beverage", "rabbit face"])])
+def test_the_shipped_models_draw_what_they_drew(file, prompts):
+    """New model: Image.fromarray(np.concatenate(pictures)).save("assets/golden-NAME.png")."""
+    pictures = sampler_of("--steps", 25, ckpt=str(file))(prompts, range(4))[:, 0]
+    golden = np.asarray(Image.open(HERE / f"assets/golden-{file.stem}.png"))
     # (another CPU may round otherwise)
-    assert np.percentile(abs(pictures.astype(int) - golden), 99) <= 2
-    assert all(D.judge(picture, prompt) for picture, prompt in zip(pictures, GOLDEN))
+    assert np.percentile(abs(np.concatenate(pictures).astype(int) - golden), 99) <= 2
+    assert file != NANO or all(D.judge(*pair) for pair in zip(pictures, prompts))
 
 @needs_nano
 @pytest.mark.parametrize("category", [c if c not in D.CLIP_CATEGORIES else pytest.param(
@@ -170,3 +172,19 @@ def test_emoji_have_names_one_skin_tone_held_out_and_no_hostile_archive(tmp_path
         train, held = (D.Folder(tmp_path / name).captions for name in ("e", "e-heldout"))
         assert {"cup", "man cook"} < {*train} and "France" not in train and len(train) == 6
         assert len(held) == 1 and held[0] not in train and "skin tone" in held[0]
+
+def test_retrieval_finds_a_picture_among_all(here, monkeypatch):
+    """True pictures in place of drawn ones are all first; those of other names are not."""
+    pictures("mine", 24), pictures("held", 12)
+    run(train, *TINY, "--data", "mine", "--steps", "1", "--vae", "vae.safetensors")
+    monkeypatch.syspath_prepend(DOCS)
+    retrieval = importlib.import_module("retrieval")
+    true = {f"noise number n{k}": D.Folder("mine", (32, 32))[k][0] for k in range(24)}
+    for right in (True, False):
+        names = list(true) if right else list(true)[::-1]
+        monkeypatch.setattr(sample.Sampler, "__call__", lambda self, prompts, *_: np.stack(
+            [true[names[list(true).index(prompt)]] for prompt in prompts]))
+        said = run(retrieval, "runs/t2i/ema.safetensors", "mine", "held", "--row", "row.png")
+        assert re.findall(r"first: +([\d.]+)%", said) == ["100.0" if right else "0.0"] * 2
+    assert "n = 23" in said and "n = 12" in said            # one of 24 was kept out of training
+    assert Image.open("row.png").width > 12 * 64
