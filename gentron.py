@@ -687,8 +687,7 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
     """B prompts and B seeds -> uint8 pictures (B, F, H, W, 3), a numpy array. Item i depends on
     prompts[i] and seeds[i] alone. size: H and W in pixels. negative: what not to draw, in place of
     the null text. on_step(t, z, z0) is called after each step. cfg .. bf16: as for `guided`."""
-    # One generator an item, on the CPU: a seed draws the same noise on every device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]   # the same everywhere
     shape = (frames, vae.channels, size[0] // vae.down, size[1] // vae.down)
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     z, skip, known = noise, 0, None
@@ -706,7 +705,11 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
     for t, z, z0 in schedule.denoise(predict, z, steps, sampler, generators, skip, known):
         if on_step:
             on_step(t, z, z0)                              # a progress bar, or a film of the steps
-    return to_uint8(vae.decode(z))                         # only now: all steps were in latents
+    x = vae.decode(z)                                      # only now: all steps were in latents
+    if given is not None and mask is not None:             # the decoder mixes a little at the seam
+        anew = fn.interpolate(mask[None, None].to(x), scale_factor=vae.down) > 0     # (1, 1, H, W)
+        x = torch.where(anew, x, vae.decode(image))
+    return to_uint8(x)
 
 
 # ==== Below: engineering ==========================================================================
@@ -786,11 +789,9 @@ class PretrainedVAE(nn.Module):
         shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
         self.register_buffer("mean", column(config.get("latents_mean") or [shift]))
         self.register_buffer("std", column(config.get("latents_std") or [1.0]) / scale)
-
     def encode(self, x):
         z = self.net.encode(x.flatten(0, 1)).latent_dist.mean
         return ((z - self.mean) / self.std).unflatten(0, x.shape[:2])
-
     def decode(self, z):
         y = self.net.decode((z * self.std + self.mean).flatten(0, 1)).sample
         return y.clamp(-1, 1).unflatten(0, z.shape[:2])
@@ -802,7 +803,6 @@ class PretrainedVAE(nn.Module):
 # are stored under their path ("ema/model.patch.weight"), the rest as JSON in __metadata__.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TENSORS = re.compile("(ema|weights|optimizer|vae/weights)/.")  # their names; all else is a fact
-MAX_HEADER = 16 * 2 ** 20                                      # bytes
 seal = lambda facts, header: zlib.crc32(json.dumps([facts, header], sort_keys=True).encode())
 
 
@@ -833,7 +833,7 @@ def save_checkpoint(path, state):
     about = {"facts": facts, "crc32": crc, "header": seal(facts, header)}
     text = json.dumps({**header, "__metadata__": {"gentron": json.dumps(about)}}).encode()
     text += b" " * (-len(text) % 8)                        # the numbers begin at a multiple of 8
-    if len(text) > MAX_HEADER:
+    if len(text) > 2 ** 24:
         raise ValueError(f"{path} cannot be saved: a vocabulary and flags of {len(text):,} bytes")
     temporary = Path(f"{path}.tmp")                        # in the same folder, so on the same disk
     try:
@@ -867,7 +867,7 @@ def read_safetensors(file):
     length = int.from_bytes(head, "little")
     if head.startswith((b"PK\3\4", b"\x80\2\x8a\n")):
         raise ValueError("it is a .pt file; this code reads .safetensors files: train again")
-    if size < 8 or length > min(MAX_HEADER, size - 8):
+    if size < 8 or length > min(2 ** 24, size - 8):
         raise ValueError("it is no safetensors file")
     header = json.loads(file.read(length))
     about = json.loads(header.pop("__metadata__")["gentron"])

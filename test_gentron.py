@@ -1849,6 +1849,7 @@ def test_pictures_and_clips_start_from_a_picture(here, name):
     assert np.array_equal(draw("--strength", 1), free)
     assert np.array_equal(draw("--mask", "white.png"), free)
     assert np.array_equal(draw("--mask", "black.png"), back)
+    assert np.array_equal(draw("--mask", "half.png")[:, :16], back[:, :16])    # no seam
     changes = [abs(draw("--strength", s) - back).mean() for s in (0.2, 0.8)]
     assert 0 < changes[0] < changes[1] and np.array_equal(draw(), draw("--strength", 0.6))
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,36 @@ def test_retrieval_finds_a_picture_among_all(here, monkeypatch):
         assert re.findall(r"first: +([\d.]+)%", said) == ["100.0" if right else "0.0"] * 2
     assert "n = 23" in said and "n = 12" in said            # one of 24 was kept out of training
     assert Image.open("row.png").width > 12 * 64
+
+@slow
+def test_people_vote_in_a_browser_and_each_vote_is_what_was_on_that_side(here):
+    """Keys: left, right, down for a draw. The file that Save writes tells what stood left."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    pictures("ours", 3), pictures("theirs", 3)
+    run(sample, "--compare", "ours", "theirs", "--out", "study.html")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(here / "saved")})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        browser.get((here / "study.html").as_uri())
+        browser.find_element("id", "go").click()
+        count = lambda: browser.find_element("id", "progress").text
+        n = int(count().split(" of ")[1])
+        for k in range(n):
+            assert count() == f"{k} of {n}"
+            browser.switch_to.active_element.send_keys("\ue012\ue014\ue015"[k % 3])
+        browser.find_element("id", "save").click()
+        for _ in range(100):
+            files = list((here / "saved").glob("votes-*.json")) if Path("saved").exists() else []
+            if files and files[0].stat().st_size:
+                break
+            time.sleep(0.1)
+    votes = json.loads(files[0].read_text())["votes"]
+    assert len(votes) == n >= 3 and {vote["left"] for vote in votes} <= {"a", "b"}
+    assert [vote["answer"] for vote in votes] == [
+        (vote["left"], "ab"[vote["left"] == "a"], "draw")[k % 3] for k, vote in enumerate(votes)]
