@@ -5,7 +5,7 @@ retrieval.py: does a model draw what a name means? It is asked of pictures that 
 
 One picture is drawn for each name (default sampler, seed 0). It is right if, of all pictures
 of both folders, the one of that name is nearest to it: the smallest Euclidean distance between the
-autoencoder's latents. --row: twelve held-out names, the true pictures above the drawn ones.
+autoencoder's latents. --row: eight held-out names, the true pictures above the drawn ones.
 """
 
 import argparse
@@ -70,10 +70,10 @@ def work(argv):
             D.say(f"{name:>8} {what:>10}: {right.mean():6.1%} ({low:.0%} .. {high:.0%}), n = "
                   f"{len(rows)}")
     if args.row:
-        pick = np.linspace(0, len(rows) - 1, 12).round().astype(int)
+        pick = np.linspace(0, len(rows) - 1, 8).round().astype(int)
         labels = [captions[rows[k]] for k in pick]
-        sheet = D.contact_sheet([*truth[rows[pick]], *drawn[pick]], ["the true picture"] * 12
-                                + labels, columns=12)
+        sheet = D.contact_sheet([*truth[rows[pick]], *drawn[pick]], ["the true picture"] * 8
+                                + labels, columns=8)
         sample.save(Path(args.row), [sheet], 1)
 
 
