@@ -90,6 +90,14 @@ def test_a_folder_of_ones_own_pictures_from_autoencoder_to_sample(here, kind, as
     assert "runs/t2i/ema.safetensors" in run(sample, asked, "--steps", "2")
     kind == "bare" or refused(sample, ["poodle"], "vocabulary")
 
+def test_our_choices_are_listed_as_they_stand_in_the_code():
+    """Of RESULTS.md, section 11. To renew it: the command that is printed there."""
+    text = (DOCS / "RESULTS.md").read_text("utf-8")
+    files, listed = re.search(r'grep "OURS:" ([^`]*)`:\n\n```\n(.*?)```', text, re.S).groups()
+    found = [f"{name}:{line}" for name in files.split()
+             for line in (HERE / name).read_text("utf-8").splitlines() if "OURS:" in line]
+    assert listed.splitlines() == found and len(found) > 20
+
 # ---- The shipped models --------------------------------------------------------------------------
 
 NANO, EMOJI, SHIPPED_VAE = (HERE / f"assets/{x}.safetensors" for x in ("nano", "emoji", "vae"))
