@@ -687,7 +687,7 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
     """B prompts and B seeds -> uint8 pictures (B, F, H, W, 3), a numpy array. Item i depends on
     prompts[i] and seeds[i] alone. size: H and W in pixels. negative: what not to draw, in place of
     the null text. on_step(t, z, z0) is called after each step. cfg .. bf16: as for `guided`."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]   # the same everywhere
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # CPU: device-independent
     shape = (frames, vae.channels, size[0] // vae.down, size[1] // vae.down)
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     z, skip, known = noise, 0, None

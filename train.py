@@ -104,7 +104,7 @@ def parser():
         value = "the preset's" if name in G.PRESETS["nano"] else f.default
         add(f"--{name.replace('_', '-')}", f"{f.metadata['help']} ({value})", **how)
     add("--text", "small, small+small, labels, none, clip, t5, clip+t5 or NAME[+NAME] (small)")
-    add("--channels", "stage vae: latent channels; more show more", 4, type=D.number(int, 1, 256))
+    add("--channels", "stage vae: latent channels; more: finer", 4, type=D.number(int, 1, 256))
     add("--vae", "a checkpoint, or a name for diffusers (assets/vae.safetensors)")
     add("--objective", "what the network predicts", choices=("eps", "v", "flow"))
     add("--schedule", "noise schedule; flow goes with straight", choices=tuple(G.OBJECTIVES))
@@ -269,7 +269,7 @@ def training_step(run, inputs, step, args):
 # ---- 4. Previews and the held-out loss: how well does it go? -------------------------------------
 LEVELS, MOST = (100, 300, 500, 700, 900), 64       # timesteps and items of the held-out loss
 
-spread = lambda n, most: np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
+spread = lambda n, most: np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()   # of n
 
 @torch.no_grad()
 def held_out_loss(ema, held, args):
