@@ -86,13 +86,13 @@ def sincos(position, dim, max_period=10_000):
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def turn(x, pos):
-    """OURS: rotary positions (Su et al. 2021) on half of the channels: x (..., T, d), pos (T,).
-    Channels k and k + d / 4 form a point of a plane, turned by an angle in proportion to pos."""
-    a, b, rest = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] // 2], dim=-1)
-    quarter = torch.arange(a.shape[-1], device=x.device) / a.shape[-1]
-    angles = pos[:, None] * 100 ** -quarter      # (T, d / 4): 1 to almost 1 / 100 radians a frame
+def turn(x, pos, k):
+    """OURS: rotary positions (Su et al. 2021): x (..., T, d), pos (T,). Channels i and i + k form a
+    point of a plane, turned by an angle in proportion to pos. From channel 2 k on x stays."""
+    speeds = 100 ** (-torch.arange(k, device=x.device) / k)
+    angles = pos[:, None] * speeds               # (T, k): 1 to almost 1 / 100 radians a position
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b, rest = x.split([k, k, x.shape[-1] - 2 * k], dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
@@ -147,9 +147,11 @@ class Attention(nn.Module):
     cross     attention(x, kv=..., mask=...)     image tokens look at text tokens
     temporal  attention(x, pos=..., motion=...)  one token's F moments look at each other
     words     attention(x, mask=..., pos=...)    in the small text encoder"""
-    def __init__(self, width, heads, kv_dim=None, qk_norm=False):
+    def __init__(self, width, heads, kv_dim=None, qk_norm=False, turned=0.5):
         super().__init__()
-        self.heads = heads
+        # The share of channels that `turn` rotates. Frames: half, and the rest of v passes between
+        # frames as it is. Words: all, or their order is learned late.
+        self.heads, self.planes = heads, int(turned * (width // heads) / 2)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(kv_dim or width, 2 * width)    # keys and values in one product
         self.out = nn.Linear(width, width)
@@ -177,7 +179,8 @@ class Attention(nn.Module):
             # Rotating q and k makes q . k depend on the distance of two frames (or words).
             # OURS: v is rotated, too, and the result is rotated back. This tells a frame how far
             # away another one is; frames of pure noise differ in nothing else.
-            y = turn(attend(turn(q, pos), turn(k, pos), turn(v, pos), mask), -pos)
+            turned = lambda x: turn(x, pos, self.planes)
+            y = turn(attend(turned(q), turned(k), turned(v), mask), -pos, self.planes)
         if motion is not None:
             # Motion-free = the identity mask of paper 3.4: each frame sees only itself. A softmax
             # over one key is 1, so the result is v itself. No mask tensor is needed.
@@ -492,11 +495,9 @@ def guided(model, text, cfg=4.0, motion_scale=1.0, bf16=False):  # exercise 4
     text. bf16: the network runs in bf16, the sum in fp32."""
     B, device = len(text.pooled) - 1, next(model.parameters()).device
     prompts, null = list(range(B)), [B] * B                # rows of `text`
-    if motion_scale is None:             # a branch is a weight, its texts, and motion on or off
-        branches = [(cfg, prompts, False), (1 - cfg, null, False)]
-    else:
-        branches = [(cfg, prompts, True), (motion_scale - cfg, null, True),
-                    (1 - motion_scale, null, False)]
+    # A branch is a weight, its texts, and motion on or off
+    on, scale = (True, motion_scale) if motion_scale is not None else (False, 1)
+    branches = [(cfg, prompts, on), (scale - cfg, null, on), (1 - scale, null, False)]
     weights, rows, motion = zip(*(branch for branch in branches if branch[0] != 0))
     n, weights = len(weights), torch.tensor(weights, dtype=torch.float32, device=device)   # (n,)
     rows = torch.tensor(rows, device=device).flatten()                     # (n B,)
@@ -526,15 +527,16 @@ def split_words(caption):
 class WordEncoder(nn.Module):
     """The small text encoder: a vocabulary and a small Transformer, trained with the model.
     OURS: the paper's encoders are frozen CLIP and T5 (`FrozenEncoder`). This one learns a few dozen
-    words in minutes, on a laptop, offline. split: caption -> words."""
+    words in minutes, on a laptop, offline. split: caption -> words. turned: as for `Attention`."""
     PAD, START, UNKNOWN = 0, 1, 2        # START makes sure that "" has one real token
+    max_words = 64                       # a longer caption loses its end
 
-    def __init__(self, vocabulary, dim=128, depth=2, heads=4, max_words=64, split=split_words):
+    def __init__(self, vocabulary, dim=128, depth=2, heads=4, split=split_words, turned=1.0):
         super().__init__()
-        self.vocabulary, self.dim, self.max_words, self.split = vocabulary, dim, max_words, split
+        self.vocabulary, self.dim, self.split = vocabulary, dim, split
         self.index = {word: k + 3 for k, word in enumerate(vocabulary)}
         self.words = nn.Embedding(len(vocabulary) + 3, dim)    # weight[ids] is not deterministic
-        self.attn = nn.ModuleList(Attention(dim, heads) for _ in range(depth))
+        self.attn = nn.ModuleList(Attention(dim, heads, turned=turned) for _ in range(depth))
         mlp = lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.mlp = nn.ModuleList(mlp() for _ in range(depth))
 
@@ -546,10 +548,9 @@ class WordEncoder(nn.Module):
         rows = [(row + [self.PAD] * L)[:L] for row in rows]                # each L long
         ids = torch.tensor(rows, device=self.words.weight.device)          # (B, L)
         mask = ids != self.PAD  # exercise 7                               # (B, L)
-        # OURS: words are rotated by their distance, as frames are. "left of" is then different for
-        # the noun before it and the noun behind it, which absolute positions learn late.
-        place = torch.arange(L, device=ids.device)
-        words = self.words(ids)                                            # (B, L, dim)
+        # OURS: words are rotated by their distance. "left of" is then different for the noun before
+        # it and the noun behind it, which absolute positions learn late.
+        place, words = torch.arange(L, device=ids.device), self.words(ids)     # (L,), (B, L, dim)
         x = words + sincos(place, self.dim)
         for attn, mlp in zip(self.attn, self.mlp):
             x = x + attn(norm(x), mask=mask, pos=place)                    # (B, L, dim)
@@ -566,9 +567,9 @@ class WordEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Captions -> Text, through one or several encoders. spec: "small", "small+small", "labels",
     "none", or "clip", "t5", names and folders of the transformers library, joined by +. vocabulary:
-    words (small) or class names (labels). dim: channels of a small encoder. download: pretrained
+    words (small) or class names (labels). dim, turned: of a small encoder. download: pretrained
     encoders may be fetched. ValueError for a spec that cannot be built."""
-    def __init__(self, spec="small", vocabulary=(), dim=128, download=False):
+    def __init__(self, spec="small", vocabulary=(), dim=128, download=False, turned=1.0):
         super().__init__()
         self.spec, self.vocabulary, self.dim = spec, list(vocabulary), dim
         parts = [] if spec == "none" else spec.split("+")
@@ -576,11 +577,10 @@ class TextEncoder(nn.Module):
             raise ValueError(f"text '{spec:.60}': none and labels stand alone, others join by +")
         # labels: the whole caption is one word, and with adaLN the model is DiT
         whole = lambda caption: [caption] if caption else []
-        small = {"small": {}, "labels": dict(depth=0, split=whole)}
+        small = {"small": dict(turned=turned), "labels": dict(depth=0, split=whole)}
         self.encoders = nn.ModuleList(
             WordEncoder(self.vocabulary, dim, **small[part]) if part in small
             else FrozenEncoder(part, download) for part in parts)
-        self.trained = any(part in small for part in parts)                # beside the model
         self.dims = tuple(encoder.dim for encoder in self.encoders)        # a config's text_dims
 
     def forward(self, captions):
@@ -712,8 +712,7 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
     return to_uint8(x)
 
 
-# ==== Below: engineering ==========================================================================
-# A first reading may stop here. What follows: pretrained encoders, and checkpoint files.
+# ==== Below: engineering (pretrained encoders, checkpoints), where a first reading may stop =======
 @contextmanager
 def loading(what, name):
     """Around calls of a library: whatever it raises becomes one ValueError of one line."""
@@ -873,6 +872,7 @@ def read_safetensors(file):
     about = json.loads(header.pop("__metadata__")["gentron"])
     state, crc, end, sealed = about["facts"], 0, 0, seal(about["facts"], header)
     check_facts(state)
+    state.get("text", {}).setdefault("turned", 0.5)        # older files do not say it: half
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         # Without gaps: so nothing overlaps, and all lies inside of the file
@@ -910,6 +910,7 @@ def check_facts(facts):
         from_file(NoiseSchedule, facts["schedule"])
         good["text"] = (type(text["spec"]) is str and text["spec"].count("+") < 8
                         and whole(text["dim"], 16, 4096) and text["dim"] % 16 == 0
+                        and text.get("turned", 0.5) in (0.5, 1)
                         and all(type(word) is str for word in text["vocabulary"]))
         good["vae"] &= channels is None or channels == cfg.in_channels and not any(
             n % (VAE.down * cfg.patch_size) for n in size)
@@ -969,8 +970,7 @@ def build_net(state, weights="ema", text=None, download=False):
         raise ValueError(f"the checkpoint, of stage {state['stage']}, holds no "
                          f"{'EMA' if weights == 'ema' else 'raw'} weights")
     with torch.device("meta"):
-        if text is None:
-            text = from_file(TextEncoder, {**state["text"], "download": download})
+        text = text or from_file(TextEncoder, {**state["text"], "download": download})
         net = Net(GenTron(from_file(GenTronConfig, state["config"])), text, None)
     net.schedule = from_file(NoiseSchedule, state["schedule"])     # its tables are no weights
     return load_weights(net, state[weights], "the checkpoint").eval()

@@ -543,7 +543,7 @@ def test_samplers_equal_those_of_diffusers(kind, objective, sampler, steps, monk
 def test_pretrained_encoders_are_read_in_turn_and_give_what_transformers_gives(pretrained):
     transformers = pytest.importorskip("transformers")
     encoder = G.TextEncoder(f"{pretrained}/clip+{pretrained}/t5")
-    assert encoder.dims == (16, 24) and not encoder.trained
+    assert encoder.dims == (16, 24)
     # Frozen: they are in no module tree, so nothing copies, averages, trains or saves them
     assert list(encoder.parameters()) == [] and encoder.state_dict() == {}
     captions = ["a red circle left of a star", "", "a red circle"]
@@ -719,16 +719,25 @@ def test_another_grid_is_scaled_to_the_trained_one():
         out = [tiny(grid=grid)(z, t, some_text(B=1)) for grid in ((2, 3), ())]
         assert torch.equal(*out) == (high == 4)
 
-def test_turning_leaves_half_of_the_channels_and_tells_only_distances():
+def test_turning_leaves_half_of_the_channels_and_tells_only_distances(tmp_path, tiny_files):
     x, pos, now = noise(3, 16, 32), torch.arange(16), torch.arange(5)
-    turned, attn, y = G.turn(x, pos), randomised(G.Attention(32, 4)), noise(2, 5, 32)
-    assert torch.equal(turned[..., 16:], x[..., 16:]) and largest(G.turn(turned, -pos), x) < 1e-5
+    turned, attn, y = G.turn(x, pos, 8), randomised(G.Attention(32, 4)), noise(2, 5, 32)
+    assert torch.equal(turned[..., 16:], x[..., 16:])
+    assert largest(G.turn(turned, -pos, 8), x) < 1e-5
     assert largest(attn(y, pos=now), attn(y, pos=now + 900)) < 1e-4        # an hour later
     # Frames of one content know their place, or clips of pure noise would have no left and right
     on = attn(y[:1, :1].expand(1, 5, 32), pos=now)[0]
     assert all(largest(on[f], on[f - 1]) > 1e-3 for f in range(1, 5))
     q, at = torch.zeros(1, 1, 64, 8), torch.arange(64)      # 64 identical frames: half of v is kept
-    assert largest(G.turn(G.attend(q, q, G.turn(q + 1, at)), -at)[..., 4:], q[..., 4:] + 1) < 1e-5
+    same = G.turn(G.attend(q, q, G.turn(q + 1, at, 2)), -at, 2)
+    assert largest(same[..., 4:], q[..., 4:] + 1) < 1e-5
+    # Frames turn half, words all. A file says what its words turn. Older files do not: half
+    state = G.load_checkpoint(tiny_files["t2i"])
+    planes = lambda state: [a.planes for a in G.build_net(state).text.encoders[0].attn]
+    assert attn.planes == 2 and planes(state) == [2, 2]
+    del state["text"]["turned"]
+    G.save_checkpoint(tmp_path / "old.safetensors", state)
+    assert planes(G.load_checkpoint(tmp_path / "old.safetensors")) == [1, 1]
 
 def test_qk_norm_is_off_by_default_and_keeps_the_logits_small():
     model, attn = tiny(qk_norm=True, temporal=True), G.Attention(32, 4, qk_norm=True)

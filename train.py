@@ -448,7 +448,6 @@ def setup(args):
     if rank() == 0:                                        # to be read by people
         with D.writing(Path(args.out) / "config.json") as file:
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # ---- what it trains on, and what shows how it goes
     shape = (args.batch_size, args.frames, vae.channels, *(side // vae.down for side in args.size))
     if args.stage == "vae":
         run.held = None                                    # its previews show how it goes
@@ -539,9 +538,10 @@ def build(args, data, last, init, typed):
     if init and args.vae not in (None, init["vae"].get("name")):
         raise ValueError(f"--init {path} keeps its own autoencoder; leave --vae out")
     state = {key: known[key] for key in ("config", "text", "schedule", "vae")} if known else {
-        "text": {"spec": args.text, "vocabulary": vocabulary_of(data[0], args.text), "dim": 128},
-        "schedule": {"kind": args.schedule, "objective": args.objective,
-                     "shift": args.noise_shift}, "vae": find_vae(args)}
+        "text": dict(spec=args.text, vocabulary=vocabulary_of(data[0], args.text), dim=128,
+                     turned=1.0),
+        "schedule": dict(kind=args.schedule, objective=args.objective, shift=args.noise_shift),
+        "vae": find_vae(args)}
     # Only what the user typed may be downloaded, never a name that stands in a file
     vae = G.build_vae(state, download=args.vae).to(args.device)
     encoder = read_caches(data, vae, args) or G.TextEncoder(**state["text"], download=typed)
