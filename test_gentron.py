@@ -138,7 +138,7 @@ def random_state(stage, /, seed=0, words=None, spec="small", **more):
              "fps": 4.0, "flags": {}, "made": {},
              "vae": {"config": vae.config, "weights": vae.state_dict()}}
     if stage != "vae":
-        text = {"spec": spec, "vocabulary": words or D.vocabulary(), "dim": 32}
+        text = {"spec": spec, "vocabulary": words or D.vocabulary(), "dim": 32, "turned": 1.0}
         config = G.GenTronConfig(depth=2, width=32, heads=4, in_channels=4, text_dims=(32,),
                                  temporal=stage == "t2v", grid=(2, 2))
         net = randomised(G.Net(G.GenTron(config), G.TextEncoder(**text), None), seed)
@@ -734,10 +734,10 @@ def test_turning_leaves_half_of_the_channels_and_tells_only_distances(tmp_path, 
     # Frames turn half, words all. A file says what its words turn. Older files do not: half
     state = G.load_checkpoint(tiny_files["t2i"])
     planes = lambda state: [a.planes for a in G.build_net(state).text.encoders[0].attn]
-    assert attn.planes == 2 and planes(state) == [2, 2]
+    assert attn.planes == 2 and planes(state) == [4, 4]
     del state["text"]["turned"]
     G.save_checkpoint(tmp_path / "old.safetensors", state)
-    assert planes(G.load_checkpoint(tmp_path / "old.safetensors")) == [1, 1]
+    assert planes(G.load_checkpoint(tmp_path / "old.safetensors")) == [2, 2]
 
 def test_qk_norm_is_off_by_default_and_keeps_the_logits_small():
     model, attn = tiny(qk_norm=True, temporal=True), G.Attention(32, 4, qk_norm=True)
