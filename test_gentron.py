@@ -1,8 +1,8 @@
 """
 test_gentron.py: the paper's claims as assertions, then everything else that the project promises.
 
-    python -m pytest                 # the quick suite
-    python -m pytest -m slow         # the rest: more truth for the judge, many processes, long runs
+    python -m pytest -n 2            # the quick suite, in two processes
+    python -m pytest -n 2 -m slow    # the rest: more truth for the judge, many processes, long runs
 
 The first part can be read beside the paper: eight claims, each with its test. A fresh model answers
 exactly 0, and an equality test on it would pass whatever the code does. So every equality is tried
@@ -50,6 +50,8 @@ import train
 if POSIX := os.name == "posix":
     import resource
 os.environ["HF_HUB_OFFLINE"] = "1"                          # no test needs a network
+if "PYTEST_XDIST_WORKER" in os.environ:                     # pytest -n: a core for each process
+    torch.set_num_threads(1)
 # A loader's thread may still write to a worker that a finished run has killed: no test's fault
 multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: None)
 HERE = Path(G.__file__).resolve().parent                    # the repository
