@@ -615,7 +615,7 @@ class VAE(nn.Module):
     returns latents of mean 0 and standard deviation 1 a channel (in place of SD's 0.18215)."""
     down = 8                             # pixels a latent, along each axis
 
-    def __init__(self, channels=4, kl=5e-4):
+    def __init__(self, channels=16, kl=5e-4):
         super().__init__()
         self.config, self.channels, self.kl = dict(channels=channels, kl=kl), channels, kl
         conv = lambda c, d, stride=1: nn.Conv2d(c, d, 3, stride, padding=1)

@@ -2046,6 +2046,7 @@ train --out broken.txt | broken.txt              || train --out /dev/null | /dev
 train --fsdp | torchrun                          || train --stage vae --compile | vae
 train --stage encode --dry-run | encode          || train --data few --frames 2 | t2v
 train --stage encode --data few --text clip | pip
+train --stage vae --init vae.safetensors | --channels
 train --stage t2v --data few --init t2i.safetensors --frames 2 | --image-data
 sample | no prompt                               || sample --prompts gone.txt | gone.txt
 sample --prompts blank.txt | no prompt           || sample --prompts binary.txt | UTF-8

@@ -104,7 +104,7 @@ def parser():
         value = "the preset's" if name in G.PRESETS["nano"] else f.default
         add(f"--{name.replace('_', '-')}", f"{f.metadata['help']} ({value})", **how)
     add("--text", "small, small+small, labels, none, clip, t5, clip+t5 or NAME[+NAME] (small)")
-    add("--channels", "stage vae: latent channels; more: finer", 4, type=D.number(int, 1, 256))
+    add("--channels", "stage vae: latent channels; more: finer", 16, type=D.number(int, 1, 256))
     add("--vae", "a checkpoint, or a name for diffusers (assets/vae.safetensors)")
     add("--objective", "what the network predicts", choices=("eps", "v", "flow"))
     add("--schedule", "noise schedule; flow goes with straight", choices=tuple(G.OBJECTIVES))
@@ -194,8 +194,7 @@ def vae_batches(dataset, shape, first, args):
     shape: (B, 1, C, h, w); b of the batch's B items belong to this process."""
     B, own, steps = shape[0], own_part(shape[0]), range(first, args.steps)
     order = permutation(args.seed, 0, len(dataset))        # class folders must not come in turn
-    items = (order[places_of_step(args.seed, step, B, len(dataset))[own]].tolist()
-             for step in steps)
+    items = (order[places_of_step(args.seed, k, B, len(dataset))[own]].tolist() for k in steps)
     for step, (clips, _) in zip(steps, loader(dataset, items, args)):
         yield G.to_float(clips), G.randomness(args.seed, step, shape).noise[own]
 
@@ -353,9 +352,8 @@ def train(args):
                          f"saved; try a lower --lr, or --precision fp32")
     if done < args.steps:
         return say(f"stopped by {why} after step {done} of {args.steps}; the same command goes on")
-    use = f"To use it: python train.py --vae {shlex.quote(f'{out}/ema.safetensors')}"
-    if args.stage != "vae":
-        use = f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
+    use = f"To use it: python train.py --vae {shlex.quote(f'{out}/ema.safetensors')}" \
+        if args.stage == "vae" else f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
     say(f"done: {out}/ema.safetensors. {use}" + f" --frames {args.frames}" * (args.frames > 1))
 
 # ==== Below: engineering, where a first reading may stop ==========================================
@@ -533,6 +531,8 @@ def build(args, data, last, init, typed):
     known, path = last or init, f"{args.out}/{FILES[0]}" if last else args.init
     if args.stage == "vae":
         net = G.build_vae(known) if known else G.VAE(args.channels)
+        if net.channels != args.channels:
+            raise ValueError(f"{path} has {net.channels} latent channels; --channels must say so")
         net = G.load_weights(net, last["weights"], path) if last else net
         return net.requires_grad_(True), net, {}
     if init and args.vae not in (None, init["vae"].get("name")):
