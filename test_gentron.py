@@ -1505,6 +1505,7 @@ def test_a_child_inherits_and_a_parents_decisions_are_refused_as_flags(here):
         refused(train, [*TINY, *flags, "--out", "b", f"--{flag}", *value], "leave",
                 f"--{flag.removeprefix('no-')} ")
     refused(train, [*flags, "--out", "b", "--preset", "S/2"], "leave")
+    refused(train, [*TINY, "--stage", "vae", "--init", "vae.safetensors", "--out", "b"], "--channels")
     child = trained(*flags, "--lr", "0", "--frames", "3", "--size", "48x32", out="child")
     new = G.load_checkpoint(child / "last.safetensors")
     shared = {"schedule": {"kind": "straight", "objective": "flow", "shift": 0.3},
@@ -2046,7 +2047,6 @@ train --out broken.txt | broken.txt              || train --out /dev/null | /dev
 train --fsdp | torchrun                          || train --stage vae --compile | vae
 train --stage encode --dry-run | encode          || train --data few --frames 2 | t2v
 train --stage encode --data few --text clip | pip
-train --stage vae --init vae.safetensors | --channels
 train --stage t2v --data few --init t2i.safetensors --frames 2 | --image-data
 sample | no prompt                               || sample --prompts gone.txt | gone.txt
 sample --prompts blank.txt | no prompt           || sample --prompts binary.txt | UTF-8
