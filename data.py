@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import warnings
@@ -34,6 +35,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+
+if __name__ == "__main__":              # Ctrl-C while the imports load: the end, without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
@@ -719,8 +723,7 @@ def prompts(category, n=100, split="seen"):
             caption, misses = scene.caption(), misses + 1
             ours = all((t.color, t.shape) in pairs for t in scene.things)  # a swap may leave split
             if ours and caption not in found and layout(rng, scene):
-                found.append(caption)
-                misses = 0
+                found, misses = [*found, caption], 0
         if misses > 1000:                                    # there are no more: start over
             found += found[:n - len(found)]
     return found[:n]
@@ -832,12 +835,13 @@ def writing(path, inputs=()):
 
 def run_main(work, memory_advice="try less at once"):
     """Calls work() -> its exit code (None = 0). An error that the user can mend becomes one line on
-    stderr and code 2, Ctrl-C 130; a bug keeps its traceback. memory_advice: str, or a function."""
+    stderr and code 2, Ctrl-C 130; a bug keeps its traceback."""
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # `>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")             # an ASCII terminal has no "é"
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)       # from here on it is caught
         code = work() or 0
         sys.stdout.flush()
         return code
@@ -853,8 +857,7 @@ def run_main(work, memory_advice="try less at once"):
         elif isinstance(error, RecursionError):
             line = "error: the input is nested too deeply"
         elif isinstance(error, MemoryError) or _NO_MEMORY.search(line):
-            advice = memory_advice() if callable(memory_advice) else memory_advice
-            line = f"error: out of memory; {advice}"
+            line = f"error: out of memory; {memory_advice}"
         elif isinstance(error, RuntimeError):
             raise
     with suppress(OSError):
@@ -905,8 +908,7 @@ class Folder:
     def stem(self, file):     # its name without a suffix, to find its namesake in another folder
         return Path(os.path.relpath(file, self.root)).with_suffix("").as_posix()
     def fingerprint(self):    # a checksum of the files' names, sizes and times and of the captions
-        facts = [(self.stem(file), caption, file.stat().st_size, file.stat().st_mtime_ns)
-                 for file, caption in self.items]
+        facts = [(self.stem(f), c, f.stat().st_size, f.stat().st_mtime_ns) for f, c in self.items]
         return f"{zlib.crc32(repr(facts).encode()):08x}"
     def report(self):         # what was found, as lines to print
         kind = "pictures" if self.frames == 1 else f"clips of {self.frames} frames"
@@ -1179,15 +1181,13 @@ class Cache:
         _, _, _, tokens, ends, pooled, _ = self.parts[p]
         return [x[end[row - 1] if row else 0:end[row]] for x, end in zip(tokens, ends)], pooled[row]
     def report(self):         # what is in it, as lines to print
-        shape, size = ("x".join(map(str, x)) for x in (self.shape, self.size))
-        return [f"{self.root}: cache of {self.n:,} items, latents {shape} of {size} pixels, text "
+        return [f"{self.root}: cache of {self.n:,} items, {self.size[0]}x{self.size[1]}, text "
                 f"features: {self.text_spec or 'none, only captions'}"]
 
 def open_data(name, size=(64, 64), frames=1, fps=4, level="basic", n=10_000, seed=0):
     """"shapes" -> Shapes, a cache's folder -> Cache, anything else -> Folder. Raises as these."""
-    if name == "shapes":
-        return Shapes(level, n, seed, size, frames)
-    return Cache(name, size, frames) if cache_index(name) else Folder(name, size, frames, fps)
+    return (Shapes(level, n, seed, size, frames) if name == "shapes" else
+            Cache(name, size, frames) if cache_index(name) else Folder(name, size, frames, fps))
 
 # ---- 9. Sheets and films
 def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):

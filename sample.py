@@ -17,9 +17,12 @@ path is always printed. Checkpoint, prompt, seed and flags decide a picture; its
 """
 
 import os
+import signal
 
 # Idle OpenMP threads sleep early. The default spin-wait stalls a run beside another busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")           # read when torch is loaded
+if __name__ == "__main__":              # Ctrl-C while the imports load: the end, without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import base64
@@ -134,14 +137,12 @@ def bench_prompts(args, encoder):
     for name in args.category or (clips if args.frames > 1 else pictures):
         # The noise depends on category and place alone: one category alone has the score that it
         # has in the whole table. (crc32, as Python's hash() differs in every process)
-        items = [(prompt, args.seed + zlib.crc32(f"{name} {k}".encode()))
-                 for k, prompt in enumerate(D.prompts(name, n, args.split))
-                 if not encoder.unknown(prompt)]
+        items = [(prompt, args.seed + zlib.crc32(f"{name} {k}".encode())) for k, prompt in
+                 enumerate(D.prompts(name, n, args.split)) if not encoder.unknown(prompt)]
         if items:
             asked[name] = tuple(map(list, zip(*items)))
         if len(items) < n:
-            D.say(f"{name}: {n - len(items)} of {n} sentences are left out, as the model's "
-                  f"vocabulary lacks their words")
+            D.say(f"{name}: {n - len(items)} of {n} sentences are left out: unknown words")
     if not asked:
         raise ValueError("no sentence of the benchmark is left; try a model of the shapes world")
     return asked
@@ -290,9 +291,8 @@ def wilson(right, n):
 def print_row(cells, titles=False):
     """Prints a table row, [(title, value), ...], right-aligned; with titles, these above it. Shares
     (float) and intervals (tuple) are printed in percent."""
-    text = lambda value: (f"{100 * value:.1f}" if isinstance(value, float) else
-                          "{:.0f}..{:.0f}".format(*(100 * end for end in value))
-                          if isinstance(value, tuple) else str(value))
+    text = lambda x: (f"{100 * x[0]:.0f}..{100 * x[1]:.0f}" if isinstance(x, tuple) else
+                      f"{100 * x:.1f}" if isinstance(x, float) else str(x))
     if titles:
         D.say(" ".join(title.rjust(7) for title, _ in cells))
     D.say(" ".join(text(value).rjust(7) for _, value in cells))

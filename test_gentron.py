@@ -1724,6 +1724,17 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(here, monke
     trained("--steps", "1", "--no-resume")                  # takes a lock of its own
     assert len(said) == 2 and all(line.startswith("error: run is in use") for line in said), said
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_ctrl_c_while_torch_loads_ends_without_a_word(tmp_path, script):
+    child = subprocess.Popen([sys.executable, HERE / f"{script}.py"], cwd=tmp_path, text=True,
+                             stderr=subprocess.PIPE, start_new_session=True)
+    while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():
+        assert child.poll() is None
+        time.sleep(0.002)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60) == (None, "") and child.returncode == -signal.SIGINT
+
 def test_a_crash_leaves_no_worker_and_a_closed_pipe_no_run(here):
     """An exit that waits for workers, which ignore signals, hangs. `| head -1` closes the pipe."""
     flags = [*TINY, *NET, "--steps", "3", "--workers", "2", "--out"]

@@ -12,9 +12,12 @@ To resume, run the same command again. ema.safetensors in the run's folder is th
 """
 
 import os
+import signal
 
 # Idle OpenMP threads sleep early. The default spin-wait stalls a run beside another busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":              # Ctrl-C while the imports load: the end, without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import collections
@@ -27,7 +30,6 @@ import math
 import multiprocessing
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -779,8 +781,7 @@ def claim_folder(args):
         if not args.resume and last.exists():
             if out.resolve() == Path.cwd():
                 raise ValueError("--no-resume cannot move the working directory; give --out a name")
-            names = (f"{out}.{k}" for k in itertools.count(1))     # never deleted
-            aside = next(name for name in names if not os.path.lexists(name))
+            aside = next(x for k in itertools.count(1) if not os.path.lexists(x := f"{out}.{k}"))
             say(f"moved the old run to {out.rename(aside)}")
             lock_folder(out)                               # the other lock moved, too
         for name in (*FILES, "samples/000000.png"):
@@ -835,8 +836,7 @@ def save(run, step, args):
         x.half() if isinstance(x, torch.Tensor) else x
     # In this order: a run is done when last.safetensors says so
     G.save_checkpoint(Path(args.out) / "ema.safetensors", halves(state))
-    state |= {"weights": weights, "optimizer": optimizer}
-    G.save_checkpoint(Path(args.out) / FILES[0], state)
+    G.save_checkpoint(Path(args.out) / FILES[0], state | dict(weights=weights, optimizer=optimizer))
 
 @torch.no_grad()
 def measure_latents(vae, dataset, args, n=512):
