@@ -60,8 +60,8 @@ MOTIONS = (*STEPS, "growing", "shrinking", "staying still")
 # Never in training, but each of their words is: these pairs test whether a model composes words
 HELD_OUT = frozenset(zip(COLORS, ("cross", "ring", "triangle", "star", "square", "circle", "cross",
                                   "star")))
-PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)                                        # 48
-SEEN_PAIRS = tuple(p for p in PAIRS if p not in HELD_OUT)                                    # 40
+PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)
+SEEN_PAIRS = tuple(p for p in PAIRS if p not in HELD_OUT)
 
 def plural(shape):
     """'circle' -> 'circles', 'cross' -> 'crosses'."""
@@ -326,7 +326,7 @@ class Shapes:
 # ---- 4. The judge: reading a picture back, with numpy alone
 #   _unmix    explains each pixel as ground + one colour + ink
 #   _label    finds blobs of touching pixels, and in each blob one region a colour
-#   _fit      compares each region with silhouettes of all six shapes
+#   _fit      compares each region with silhouettes of all shapes
 #   _texture  compares the ink inside the silhouette with the three patterns
 # `read_frame` joins them and does not know the caption. An object that cannot be read is "unclear",
 # which is an error. OURS: the thresholds, by which drawn truth passes and swapped captions do not.

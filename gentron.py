@@ -327,8 +327,8 @@ class NoiseSchedule:
     "linear"     DDPM's betas                         "eps" = noise (the paper), or "v"
     "cosine"     cos, sin of t                        "v" = alpha noise - sigma z_0
     "straight"   1 - sigma, sigma = t / steps         "flow" = noise - z_0 (Liu et al. 2022)
-    The first two keep alpha^2 + sigma^2 = 1. shift lowers log(alpha / sigma) at every t (Hoogeboom
-    et al. 2023). ValueError for a combination that cannot work."""
+    All but straight keep alpha^2 + sigma^2 = 1. shift lowers log(alpha / sigma) at every t
+    (Hoogeboom et al. 2023). ValueError for a combination that cannot work."""
     def __init__(self, kind="linear", objective="eps", shift=0.0, steps=1000):
         if objective not in OBJECTIVES.get(kind, ()) or not abs(shift) <= 5 or not 0 < steps < 1e5:
             fits = "; ".join(f"{k} with {' or '.join(v)}" for k, v in OBJECTIVES.items())

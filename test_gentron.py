@@ -602,7 +602,7 @@ def test_schedules_are_what_they_say():
 
 def test_what_cannot_work_is_refused_with_the_reason():
     for kind, objective in (("cosine", "eps"), ("straight", "eps"), ("straight", "v"), (None, None),
-                            ("linear", "flow"), ("cosine", "flow"), ("sigmoid", "v")):
+                            ("linear", "flow"), ("cosine", "flow"), ("abacus", "v")):
         with pytest.raises(ValueError, match="cannot work: z0 is lost at high noise; try linear"):
             G.NoiseSchedule(kind, objective)
     for bad in (dict(depth=0), dict(depth=513), dict(width=24, heads=4), dict(heads=True), dict(
