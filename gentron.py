@@ -611,8 +611,8 @@ class ResBlock(nn.Module):
 
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, C, H/8, W/8).
-    channels: C. kl: weight of the KL term. mean and std are measured after training: `encode`
-    returns latents of mean 0 and standard deviation 1 a channel (in place of SD's 0.18215)."""
+    channels: C. kl: weight of the KL term. mean and std are measured after training: drawn latents
+    then have mean 0 and standard deviation 1 a channel (in place of SD's 0.18215)."""
     down = 8                             # pixels a latent, along each axis
 
     def __init__(self, channels=16, kl=5e-4):

@@ -4,7 +4,7 @@ train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
     python train.py                                   # text to image on the shapes world
     python train.py --data my_pictures --steps 20000  # your own pictures and captions
     python train.py --stage t2v                       # text to video, from the newest t2i run
-    python train.py --stage vae                       # how assets/vae.safetensors was made
+    python train.py --stage vae                       # an autoencoder, before all else
     python train.py --stage encode --data my_pictures --text clip+t5 --out my_cache
     torchrun --nproc_per_node=8 train.py --preset G/2 --fsdp --checkpoint-activations --compile
 

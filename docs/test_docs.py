@@ -100,11 +100,12 @@ def test_our_choices_are_listed_as_they_stand_in_the_code():
 
 # ---- The shipped models --------------------------------------------------------------------------
 
-NANO, EMOJI, SHIPPED_VAE = (HERE / f"assets/{x}.safetensors" for x in ("nano", "emoji", "vae"))
+NANO, EMOJI = (HERE / f"assets/{x}.safetensors" for x in ("nano", "emoji"))
 # Shares that must be right: of 20 prompts a category (10 of clips), with room for so few; and, of
 # 60 true pictures after the autoencoder, each category's ceiling
 FLOORS = {"color": 0.6, "spatial": 0.6, "texture": 0.3, "motion": 0.7, "identity": 0.6}
-CEILINGS = {"shape": 0.95, "spatial": 0.95, "texture": 0.85, "numeracy": 0.85}
+CEILINGS = {"vae": {"shape": 0.95, "spatial": 0.95, "texture": 0.85, "numeracy": 0.85},
+            "vae-fine": {"texture": 0.95, "numeracy": 0.95, "complex": 0.95, "non-spatial": 0.84}}
 GOLDEN = [RED, "a green star", "a blue ring", "a yellow triangle"]
 needs_nano = pytest.mark.skipif(not NANO.exists(), reason="no assets/nano.safetensors here")
 
@@ -128,15 +129,16 @@ def test_the_shipped_model_scores_above_its_floor(tmp_path, monkeypatch, categor
     record, _ = benched("--steps", "25", "--category", category, *clips, ckpt=NANO)
     assert record["categories"][category]["score"] >= FLOORS[category]
 
-@pytest.mark.skipif(not SHIPPED_VAE.exists(), reason="no assets/vae.safetensors here")
-def test_the_shipped_autoencoder_keeps_what_the_judge_reads():
-    vae = G.build_vae(G.load_checkpoint(SHIPPED_VAE))
-    for category, ceiling in CEILINGS.items():
+@needs_nano
+@pytest.mark.parametrize("name", CEILINGS)
+def test_the_shipped_autoencoders_keep_what_the_judge_reads(name):
+    vae = G.build_vae(G.load_checkpoint(HERE / f"assets/{name}.safetensors"))
+    for category, ceiling in CEILINGS[name].items():
         captions = D.prompts(category, 60)
         z = vae.encode(G.to_float(np.stack([D.truth(caption, 99) for caption in captions])))
         right = [bool(D.judge(*pair)) for pair in zip(G.to_uint8(vae.decode(z)), captions)]
         assert np.mean(right) >= ceiling, f"{category}: {np.mean(right):.2f}"
-        assert z.mean().abs() < 0.3 and 0.7 < z.std() < 1.3
+        assert z.mean().abs() < 0.3 and 0.5 < z.std() < 1.3     # (the means, not drawn)
     assert sum(p.stat().st_size for p in (HERE / "assets").glob("*.safetensors")) < 45e6
 
 # ---- docs/ ---------------------------------------------------------------------------------------
