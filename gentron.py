@@ -254,13 +254,13 @@ class GenTron(nn.Module):
     def initialize(self):
         """All initialisation, in one place, called last. Every block starts as the identity, and
         the network answers 0 (the mean of eps, v and flow): training starts at a loss near 1."""
-        # As in DiT: matrices Xavier uniform, biases zero, timestep MLP normal(0.02)
+        # As in DiT: matrices Xavier uniform, biases zero, what makes c (time, labels) normal(0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.time[0].weight, std=0.02)
-        nn.init.normal_(self.time[2].weight, std=0.02)
+        for layer in filter(None, (self.time[0], self.time[2], self.pooled)):
+            nn.init.normal_(layer.weight, std=0.02)
         # adaLN-Zero: gates, and so both of DiT's branches, start at zero; the output starts at zero
         zero = [self.final_modulation, self.final]
         for block in self.blocks:
