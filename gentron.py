@@ -254,7 +254,7 @@ class GenTron(nn.Module):
     def initialize(self):
         """All initialisation, in one place, called last. Every block starts as the identity, and
         the network answers 0 (the mean of eps, v and flow): training starts at a loss near 1."""
-        # As in DiT: matrices Xavier uniform, biases zero, what makes c (time, labels) normal(0.02)
+        # As in DiT: matrices Xavier uniform, biases zero, what makes c (time, text) normal(0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
