@@ -1059,22 +1059,19 @@ CACHE_FORMAT = "gentron cache 2"
 _BAD = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
 
 def cache_index(path):
-    """The checked index.json of a cache, or None if there is none. ValueError if it is damaged."""
-    x = None
-    with suppress(*_BAD):
-        x = json.loads(read_text(Path(path) / "index.json", 2 ** 26, path))
-    if not isinstance(x, dict) or x.get("format") != CACHE_FORMAT:
-        return None
+    """The checked index.json of a cache. {} if it is damaged, None if there is no cache."""
     whole = lambda high, *values: all(type(v) is int and 1 <= v <= high for v in values)
     words = lambda *values: all(type(v) is str for v in values)
     with suppress(*_BAD):
-        if (len(x["size"]) == 2 and len(x["shape"]) == 4 and x["shape"][0] == x["frames"]
+        x = json.loads(read_text(Path(path) / "index.json", 2 ** 26, path))
+        if (x["format"] == CACHE_FORMAT and len(x["size"]) == 2 and len(x["shape"]) == 4
                 and whole(4096, *x["size"], *x["shape"], x["frames"]) and type(x["fps"]) is not bool
                 and whole(10 ** 10, x["items"], x["parts"], *x["dims"]) and 0.01 <= x["fps"] <= 1000
                 and words(x["fingerprint"], *x["labels"], *x["vocabulary"])
+                and x["shape"][0] == x["frames"]
                 and (words(x["text"]) if x["dims"] else x["text"] is None)):
             return x
-    raise ValueError(f"damaged cache, {path}; delete it and encode again")
+    return {} if (Path(path) / "latents.0.f16").is_file() else None
 
 def _open_part(folder, index, p):      # its complete rows; sizes: the bytes of each file that count
     sizes, dims, rows = {}, index["dims"], len(range(p, index["items"], index["parts"]))
@@ -1108,13 +1105,15 @@ class CacheWriter:
         self.folder, self.part, self.dims = Path(folder), part, index["dims"]
         self.rows = len(range(part, index["items"], index["parts"]))
         file, there = writable(self.folder / "index.json"), cache_index(folder)
-        if there is None and part == 0:
-            if any(not other.name.startswith(".") for other in self.folder.iterdir()):
+        if not there and part == 0:
+            if there is None and any(x.name[0] != "." for x in self.folder.iterdir()):
                 raise ValueError(f"{file} is no cache's, in a folder with files; try another --out")
+            for old in self.folder.glob("latents.*.f16"):    # their index is damaged: begin again
+                old.unlink()
             with writing(file) as beside:
                 beside.write_text(json.dumps(index), encoding="utf-8")
         for key in index:
-            if there is not None and there.get(key) != index[key]:
+            if there and there.get(key) != index[key]:
                 raise ValueError(f"cache {folder} was begun with another {key}; delete it first")
         try:
             _, captions, self.texts, *_, sizes = _open_part(self.folder, index, part)
@@ -1153,8 +1152,8 @@ class Cache:
     memory-mapped. ValueError if it is damaged, not finished, or of another size or length."""
     def __init__(self, path, size=None, frames=None):
         self.root, x = Path(path), cache_index(path)
-        if x is None:
-            raise ValueError(f"no cache, {path}; make one: python train.py --stage encode")
+        if not x:
+            raise ValueError(f"no cache or a damaged one, {path}; python train.py --stage encode")
         self.shape, self.size, self.dims = tuple(x["shape"]), tuple(x["size"]), tuple(x["dims"])
         self.text_spec, self.n, P = x["text"], x["items"], x["parts"]
         for name in ("frames", "fps", "labels", "vocabulary", "fingerprint"):
@@ -1187,7 +1186,8 @@ class Cache:
 def open_data(name, size=(64, 64), frames=1, fps=4, level="basic", n=10_000, seed=0):
     """"shapes" -> Shapes, a cache's folder -> Cache, anything else -> Folder. Raises as these."""
     return (Shapes(level, n, seed, size, frames) if name == "shapes" else
-            Cache(name, size, frames) if cache_index(name) else Folder(name, size, frames, fps))
+            Folder(name, size, frames, fps) if cache_index(name) is None else
+            Cache(name, size, frames))
 
 # ---- 9. Sheets and films
 def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):

@@ -1420,12 +1420,15 @@ def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, 
     trained("--steps", "10", "--workers", "1", "--sample-every", "3", "--save-every", "4")
     assert read() == {**config, "flags": {**config["flags"], **harmless}}
 
-def test_the_log_is_mended_or_left_alone(here, tiny_run):
+def test_the_log_is_mended_or_left_alone(here, tiny_run, monkeypatch):
     """A resume keeps the rows up to its checkpoint. A log that a spreadsheet has saved stays."""
-    good = (log := (run := copy_of(tiny_run)) / "log.csv").read_text()
-    log.write_text(good + good.splitlines()[-1].replace("2,", "3,", 1) + "\n3,0.1")
-    trained("--steps", "3")
-    assert log.read_text().startswith(good) and [r["step"] for r in log_of(run)] == ["1", "2", "3"]
+    good = (log := copy_of(tiny_run) / "log.csv").read_text()
+    doubled = (last := good.splitlines()[-1]) + "\n" + last.replace("2,", "3,", 1)
+    log.write_text(good + doubled + "\n3,0.1")
+    monkeypatch.setattr(D, "vocabulary", lambda: ["heart", "red"])     # younger than the run
+    said = run(train, *TINY, *NET, "--steps", "3", "--out", "run")
+    assert "does not know 1 words of the data: heart" in said
+    assert log.read_text().startswith(good) and [r["step"] for r in log_of(log.parent)] == [*"123"]
     log.write_text(theirs := good.replace(".", ",").replace(",", ";"))
     refused(train, [*TINY, *NET, "--steps", "4", "--out", "run"], "run/log.csv")
     assert log.read_text() == theirs
@@ -2366,10 +2369,17 @@ def test_encode_leaves_other_peoples_files_alone(here):
         assert Path("web", name).read_text() == "precious"
         shutil.rmtree("web")
     run(train, *flags, "cache"), Path("cache/photo.0.jpg").write_text("precious")
-    n = len(D.Cache("cache"))
-    os.truncate("cache/captions.0.jsonl", 5)                # damaged: begun again
-    run(train, *flags, "cache")
-    assert Path("cache/photo.0.jpg").read_text() == "precious" and len(D.Cache("cache")) == n
+    latents = Path("cache/latents.0.f16").read_bytes()
+    whole = (index := Path("cache/index.json")).read_text()
+    for damage in (lambda: os.truncate("cache/captions.0.jsonl", 5), index.unlink,
+                   lambda: index.write_text(whole[:-9]),
+                   lambda: index.write_text(whole.replace('"items"', '"item"'))):
+        damage()
+        with pytest.raises(ValueError, match="cache"):
+            D.Cache("cache")
+        run(train, *flags, "cache")                         # begun again
+        assert Path("cache/photo.0.jpg").read_text() == "precious" and D.Cache("cache").captions
+        assert Path("cache/latents.0.f16").read_bytes() == latents
     os.truncate("cache/captions.0.jsonl", 2 ** 31)          # sparse: it takes no disk, but memory
     with pytest.raises(ValueError, match="damaged"):
         D.Cache("cache")

@@ -269,7 +269,6 @@ def training_step(run, inputs, step, args):
 
 # ---- 4. Previews and the held-out loss: how well does it go? -------------------------------------
 LEVELS, MOST = (100, 300, 500, 700, 900), 64       # timesteps and items of the held-out loss
-
 spread = lambda n, most: np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()   # of n
 
 @torch.no_grad()
@@ -539,11 +538,13 @@ def build(args, data, last, init, typed):
         return net.requires_grad_(True), net, {}
     if init and args.vae not in (None, init["vae"].get("name")):
         raise ValueError(f"--init {path} keeps its own autoencoder; leave --vae out")
+    words = vocabulary_of(data[0], args.text)
     state = {key: known[key] for key in ("config", "text", "schedule", "vae")} if known else {
-        "text": dict(spec=args.text, vocabulary=vocabulary_of(data[0], args.text), dim=128,
-                     turned=1.0),
+        "text": dict(spec=args.text, vocabulary=words, dim=128, turned=1.0),
         "schedule": dict(kind=args.schedule, objective=args.objective, shift=args.noise_shift),
         "vae": find_vae(args)}
+    if new := sorted({*words} - {*state["text"]["vocabulary"]}):
+        say(f"note: {path} does not know {len(new)} words of the data: {', '.join(new)[:150]}")
     # Only what the user typed may be downloaded, never a name that stands in a file
     vae = G.build_vae(state, download=args.vae).to(args.device)
     encoder = read_caches(data, vae, args) or G.TextEncoder(**state["text"], download=typed)
@@ -593,7 +594,6 @@ def vocabulary_of(dataset, spec):
 # ---- 8. Several processes ------------------------------------------------------------------------
 # Without --fsdp each process holds all, and gradients are averaged. With --fsdp each holds 1 / n of
 # every tensor (a DTensor), and a block's weights are put together only while the block runs.
-
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0     # process 0 prints and writes
 processes = lambda: dist.get_world_size() if dist.is_initialized() else 1      # how many there are
 own_part = lambda n: slice(rank() * n // processes(), (rank() + 1) * n // processes())
@@ -872,7 +872,7 @@ class Log:
             try:
                 header, *lines = D.read_text(path, 2 ** 30).splitlines()
                 rows = [[float(cell or "nan") for cell in line.split(",")] for line in lines]
-                self.rows = [row for row in rows if row[0] <= first]
+                self.rows = list({row[0]: row for row in rows if row[0] <= first}.values())
                 if header != ",".join(HEADER) or not {*map(len, self.rows)} <= {len(HEADER)}:
                     raise ValueError                       # a spreadsheet may have saved it
             except ValueError:
