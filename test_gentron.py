@@ -1377,7 +1377,7 @@ def test_other_flags_on_resume_are_refused_by_name(here, tiny_run, monkeypatch):
                 f"--{flag} was {was} in ", "now it is", "--out")
     assert file.read_bytes() == before
     # A run that is older than a flag is compared with the flag's default
-    for flag, *now in (("noise-shift", "0.5"), ("p-first-frame", "0.3"), ("qk-norm",),
+    for flag, *now in (("noise-shift", "0.5"), ("p-first-frame", "0.3"), ("mlp-ratio", "2"),
                        ("lr-decay", "7"), ("ema", "0.5")):
         del state["flags"][flag.replace("-", "_")]
         state["config"].pop(flag.replace("-", "_"), None)
