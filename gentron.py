@@ -155,7 +155,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(kv_dim or width, 2 * width)    # keys and values in one product
         self.out = nn.Linear(width, width)
-        normalise = lambda: nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        normalise = lambda: nn.LayerNorm(width // heads, bias=False) if qk_norm else nn.Identity()
         self.q_norm, self.k_norm = normalise(), normalise()
 
     def split(self, x):
