@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-if __name__ == "__main__":              # Ctrl-C while the imports load: the end, without a word
+if __name__ == "__main__":              # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -122,7 +122,7 @@ def is_picture(caption):
         return not any(thing.motion for thing in parse(caption).things)
     return False
 
-# ---- 2. The shapes world: choosing a scene. One more random number would change all pictures.
+# ---- 2. The shapes world: choosing a scene. Another number of draws changes every picture.
 SAID = {"count": 0.4, "size": 0.4, "texture": 0.5}          # how often the full world says each
 
 def _pick(rng, options):
@@ -307,7 +307,7 @@ class Shapes:
     def __init__(self, level="basic", n=10_000, seed=0, size=(64, 64), frames=1, pairs=SEEN_PAIRS):
         self.level, self.n, self.seed = level, n, seed
         self.size, self.frames, self.pairs = tuple(size), frames, pairs
-        self.labels = [Thing(*pair).words() for pair in pairs]             # for --text labels
+        self.labels = [] if frames > 1 else [Thing(*pair).words() for pair in pairs]
     def __len__(self):
         return self.n
     def scene(self, i):       # item i's Scene, laid out
@@ -804,23 +804,23 @@ def read_text(path, most=2 ** 20, inside=None):
         return file.read(most).decode("utf-8-sig")
     raise ValueError(f"not UTF-8 text, {path}")
 
-def writable(path, inside=None):
-    """The Path of a file to be written, after an early check (ValueError); makes its folder."""
+def writable(path, inside=None, inputs=()):
+    """The Path of a file to be written, never one of `inputs` (ValueError). Makes its folder."""
     path = Path(path)
     _check_inside(path.parent, inside)
     path.parent.mkdir(parents=True, exist_ok=True)
     there = path.exists()
     if there and not path.is_file() or not os.access(path if there else path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written; try another folder")
+    if there and any(p and os.path.exists(p) and path.samefile(p) for p in inputs):
+        raise ValueError(f"{path} is read by this command, too; give another file to write")
     return path
 
 @contextmanager
-def writing(path, inputs=()):
+def writing(path):
     """`with writing(path) as beside:` gives a file beside `path`, renamed to it at the end. After
-    an error (OSError names it) the old file stays. ValueError if `path` is one of `inputs`."""
+    an error (OSError names it) the old file stays."""
     path = Path(path)
-    if path.exists() and any(os.path.exists(p) and path.samefile(p) for p in inputs if p):
-        raise ValueError(f"{path} is read by this command, too; give another file to write")
     beside = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
         beside.unlink(missing_ok=True)                       # the leftover of a killed process
@@ -1038,7 +1038,7 @@ class Subset:
     def __getitem__(self, i):
         return self.dataset[self.places[i]]
     def __getattr__(self, name):             # asked only for what a Subset lacks
-        value = getattr(vars(self).get("dataset"), name)     # None: a copy, not filled yet
+        value = getattr(vars(self).get("dataset"), name)     # pickle asks before it is set
         return [value[i] for i in self.places] if name == "captions" else value
 
 def hold_out(dataset, seed, share=0.03):
@@ -1288,7 +1288,7 @@ def preview(args):
     say(*(data.report() if inputs else [f"the shapes world ({args.world}), seed {args.seed}"]))
     clips, captions = zip(*[data[i] for i in range(min(args.n, len(data)))])
     sheets = [contact_sheet(clips, captions, frame=f) for f in range(args.frames if film else 1)]
-    with writing(out, inputs) as beside:
+    with writing(writable(out, inputs=inputs)) as beside:
         save_gif(beside, sheets, args.fps) if film else sheets[0].save(beside)
     say(f"wrote {out}")
 

@@ -56,7 +56,7 @@ class GenTronConfig:
     patch_size: int = flag(2, "p: a token is p x p latent positions")
     mlp_ratio: int = flag(4, "MLP width / D")
     conditioning: str = flag("cross", "how text enters: cross, or adaln (the paper's ablation)")
-    qk_norm: bool = flag(False, "normalise queries and keys; keeps the logits small in bf16")
+    qk_norm: bool = flag(False, "normalise queries and keys: small logits, learns faster")
     in_channels: int = 4                 # C of the latents
     text_dims: tuple = (768, 4096)       # channels of each text encoder (CLIP-L, T5-XXL); () = none
     temporal: bool = False               # video: a temporal self-attention in every block
@@ -109,7 +109,7 @@ def patchify(z, p):  # exercise 1
     """(B, F, C, H, W) -> (B, F * N, p * p * C), N = (H / p) * (W / p), row by row."""
     B, F, C, H, W = z.shape
     z = z.reshape(B, F, C, H // p, p, W // p, p)
-    # Channels last within a patch, as in DiT's output layer: DiT's weights can be copied over
+    # Channels last within a patch, as in DiT's output layer: DiT's own fits as it is
     return z.permute(0, 1, 3, 5, 4, 6, 2).reshape(B, F * (H // p) * (W // p), p * p * C)
 
 
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         else:
             # Rotating q and k makes q . k depend on the distance of two frames (or words).
             # OURS: v is rotated, too, and the result is rotated back. This tells a frame how far
-            # away another one is; frames of pure noise differ in nothing else.
+            # away another one is: all that tells frames of pure noise apart.
             turned = lambda x: turn(x, pos, self.planes)
             y = turn(attend(turned(q), turned(k), turned(v), mask), -pos, self.planes)
         if motion is not None:
@@ -189,7 +189,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """DiT's two branches, with text and time between them. text_dim None: no cross-attention."""
+    """DiT's two branches, with text and frames between them. text_dim None: no cross-attention."""
     def __init__(self, cfg, text_dim):
         super().__init__()
         D = cfg.width
@@ -387,7 +387,7 @@ class NoiseSchedule:
         """n training timesteps, (n,). frames: how many frames of an item see each other, a number
         or (n,). layout: draw from the noisiest three tenths only."""
         if layout:
-            # OURS: near pure noise only the text tells what goes where; it is learned there first
+            # OURS: in much noise only the text tells what goes where; it is learned there first
             return torch.randint(7 * self.steps // 10, self.steps, (n,), generator=generator)
         if self.objective == "eps":                        # uniform, as in DDPM and the paper
             return torch.randint(self.steps, (n,), generator=generator)
@@ -428,7 +428,7 @@ class NoiseSchedule:
                 # z0 extrapolated to the middle of this step, along lambda = log(alpha / sigma)
                 slope = (z0 - before[0]) / (lam[t] - lam[before[1]]).item()
                 towards = z0 + slope * (lam[s] - lam[t]).item() / 2
-                eps = eps - alpha_t / sigma_t * (towards - z0)             # the same z
+                eps = eps - alpha_t / sigma_t * (towards - z0)             # keeps z
             # How much of sigma_s is fresh noise: the standard deviation of q(z_s | z_t, z0), by eta
             forward = sigma_t ** 2 - (alpha_t / alpha_s * sigma_s) ** 2    # added from s to t
             fresh = eta * sigma_s / sigma_t * math.sqrt(max(0.0, forward))
@@ -459,7 +459,7 @@ def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0, p
     g = torch.Generator().manual_seed(seed * 1_000_003 + step)             # seeds share no draws
     drop, still, given = torch.rand(3, shape[0], generator=g)              # (B,) each
     still = still < p_still
-    given = (given < p_first_frame) & ~still
+    given = (given < p_first_frame) & ~still & (shape[1] > 1)
     # OURS: motion-free guidance needs the network without text *and* without motion. Independent
     # drops would train that on 1 % of the items, so a still's caption is dropped more often.
     drop_text = drop < torch.where(still, max(0.3, p_drop_text) if p_drop_text else 0, p_drop_text)
@@ -535,7 +535,7 @@ class WordEncoder(nn.Module):
         super().__init__()
         self.vocabulary, self.dim, self.split = vocabulary, dim, split
         self.index = {word: k + 3 for k, word in enumerate(vocabulary)}
-        self.words = nn.Embedding(len(vocabulary) + 3, dim)    # weight[ids] is not deterministic
+        self.words = nn.Embedding(len(vocabulary) + 3, dim)    # (weight[ids] has random gradients)
         self.attn = nn.ModuleList(Attention(dim, heads, turned=turned) for _ in range(depth))
         mlp = lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.mlp = nn.ModuleList(mlp() for _ in range(depth))
@@ -555,7 +555,7 @@ class WordEncoder(nn.Module):
         for attn, mlp in zip(self.attn, self.mlp):
             x = x + attn(norm(x), mask=mask, pos=place)                    # (B, L, dim)
             x = x + mlp(norm(x))
-        # OURS: the word itself is added, or words that are not yet told apart would become alike
+        # OURS: the word itself is added: without it, similar words get nearly one vector
         x = norm(x) + norm(words)
         return x, mask, (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
@@ -611,8 +611,8 @@ class ResBlock(nn.Module):
 
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, C, H/8, W/8).
-    channels: C. kl: weight of the KL term. mean and std are measured after training: drawn latents
-    then have mean 0 and standard deviation 1 a channel (in place of SD's 0.18215)."""
+    channels: C. kl: weight of the KL term. mean and std are measured at each save: sampled
+    latents have mean 0 and standard deviation 1 a channel (in place of SD's 0.18215)."""
     down = 8                             # pixels a latent, along each axis
 
     def __init__(self, channels=16, kl=5e-4):
@@ -969,10 +969,10 @@ def build_net(state, weights="ema", text=None, download=False):
     if state["stage"] == "vae" or weights not in state:
         raise ValueError(f"the checkpoint, of stage {state['stage']}, holds no "
                          f"{'EMA' if weights == 'ema' else 'raw'} weights")
+    schedule = from_file(NoiseSchedule, state["schedule"])         # its tables are no weights
     with torch.device("meta"):
         text = text or from_file(TextEncoder, {**state["text"], "download": download})
-        net = Net(GenTron(from_file(GenTronConfig, state["config"])), text, None)
-    net.schedule = from_file(NoiseSchedule, state["schedule"])     # its tables are no weights
+        net = Net(GenTron(from_file(GenTronConfig, state["config"])), text, schedule)
     return load_weights(net, state[weights], "the checkpoint").eval()
 
 
@@ -981,10 +981,10 @@ def find_checkpoint(stages=("t2i", "t2v")):
     assets/nano.safetensors. ValueError if there is neither, or a newer file is damaged."""
     runs = sorted(Path("runs").glob("*/ema.safetensors"), key=lambda p: -p.stat().st_mtime)
     shipped = Path(__file__).resolve().parent / "assets" / "nano.safetensors"
-    for path in [*runs, shipped]:                # the stage is inside: a run folder has any name
+    for path in [*runs, shipped]:                # folders have any name; the file says its stage
         if path.exists() and load_checkpoint(path)["stage"] in stages:
             return str(path)
-    raise ValueError(f"no run in runs/ and no {shipped}; train one: python train.py")
+    raise ValueError(f"no {' or '.join(stages)} run in runs/; train one: python train.py")
 
 
 def pick_device(name=None):

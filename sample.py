@@ -21,7 +21,7 @@ import signal
 
 # Idle OpenMP threads sleep early. The default spin-wait stalls a run beside another busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")           # read when torch is loaded
-if __name__ == "__main__":              # Ctrl-C while the imports load: the end, without a word
+if __name__ == "__main__":              # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -49,13 +49,13 @@ SWEPT = ("ckpt", "cfg", "motion", "steps")                 # flags of several va
 shown = lambda value: "off" if value is None else f"{value:g}"     # as on the command line
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
-
 def parser():
     """Every flag. The flags of SWEPT are lists; `settings` makes single values of them."""
     # Types: values separated by commas; and l_M, where "off" is None (the identity mask)
     listed = lambda read: lambda text: [read(part) for part in text.split(",")]
     motion = lambda text: None if text == "off" else D.number(float, 0, 100)(text)
-    p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = D.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                 allow_abbrev=False)                       # as in train.py
     add = p.add_argument_group("what to draw").add_argument
     add("prompt", nargs="*", help="one or more sentences")
     add("--prompts", metavar="FILE", help="a text file, one prompt a line")
@@ -102,7 +102,6 @@ def parser():
 
 
 # ---- 2. Prompts in -------------------------------------------------------------------------------
-
 def read_prompts(args):
     """The prompts of the command line, then those of --prompts -> (prompts, each --per-prompt
     times, and their seeds). Raises ValueError if there is none."""
@@ -149,7 +148,6 @@ def bench_prompts(args, encoder):
 
 
 # ---- 3. The sampler ------------------------------------------------------------------------------
-
 class Sampler:
     """A checkpoint ready to draw: sampler(prompts, seeds) -> uint8 (n, F, H, W, 3). It prints which
     checkpoint it is. args: the flags, with single values for cfg, motion and steps. Raises
@@ -221,7 +219,6 @@ class Sampler:
 
 
 # ---- 4. Pictures out -----------------------------------------------------------------------------
-
 def draw(args):
     """Prompts in, pictures out. Whatever can be refused is refused before the first step."""
     started = time.monotonic()
@@ -278,7 +275,6 @@ def film_strip(clips, prompts, notes=None):
 
 
 # ---- 5. The benchmark ----------------------------------------------------------------------------
-
 def wilson(right, n):
     """95 % interval of a share, right of n (Wilson 1927): (low, high), each 0 .. 1."""
     # The usual p +- 1.96 sqrt(p (1 - p) / n) has no width where none or all are right
@@ -376,7 +372,6 @@ def bench(args):
 
 
 # ---- 6. Looking inside, by hooks on the model: the picture is the one of `draw` ------------------
-
 def strip(sampler, prompts, seeds, moments=12):
     """Each prompt's picture at twelve moments of denoising -> an image, three rows a prompt.
 
@@ -460,7 +455,6 @@ def attention_sheet(sampler, prompts, seeds):
 # A first reading may stop here. What follows: the comparison of two systems, records, path checks.
 
 # ---- 7. Two systems compared by the judge and by people: the paper's study in miniature ----------
-
 STUDY = 100                     # pairs on the page at most, the paper's number of prompts
 QUESTIONS = [{"key": "quality", "text": "Which looks better?"},          # the paper's two
              {"key": "alignment", "text": "Which fits the text better?"}]
@@ -555,7 +549,6 @@ def compare(args):
 
 
 # ---- 8. Paths and main ---------------------------------------------------------------------------
-
 def output_path(args, name, *suffixes):
     """A file to be written -> its Path; with "/" among the suffixes, also a folder. ValueError if
     it cannot be written, has another suffix (--json is never --out), or is read by this command."""
@@ -571,9 +564,7 @@ def output_path(args, name, *suffixes):
         D.need_av("writing")
     inputs = [args.prompts, args.init_image, args.mask, args.first_frame, *(args.compare or ()),
               *(args.ckpt if isinstance(args.ckpt, list) else [args.ckpt])]
-    if path.exists() and any(Path(p).exists() and path.samefile(p) for p in inputs if p):
-        raise ValueError(f"{path} is read by this command, too; give another file to write")
-    return D.writable(path)
+    return D.writable(path, inputs=inputs)
 
 
 def settings(args):
@@ -590,6 +581,8 @@ def work(args):
             ((args.bench or args.compare) and (args.init_image or args.first_frame),
              "--init-image and --first-frame need prompts of yours, not --bench or --compare"),
             (args.first_frame and args.frames == 1, "--first-frame begins a clip; add --frames 8"),
+            (args.bench and args.frames == 1 and {*D.CLIP_CATEGORIES} & {*(args.category or ())},
+             "--category names one of clips; add --frames 8"),
             ((args.mask or args.strength is not None) and not args.init_image,
              "--mask and --strength need --init-image FILE"),
             ((inside or args.init_image) and args.frames > 1, "pictures only; leave out --frames"),
@@ -601,7 +594,8 @@ def work(args):
     # The null text has the weights l_M - l_T and, for clips, 1 - l_M (see `G.guided`)
     if args.negative and 1 in args.cfg and (args.frames == 1 or {1, None} & {*args.motion}):
         D.say("note: --negative has no effect at --cfg 1, where its weight is zero")
-    args.ckpt = args.ckpt or [None if args.compare else G.find_checkpoint()]
+    stages = ("t2v",) if args.frames > 1 else ("t2i", "t2v")       # clips need a video model
+    args.ckpt = args.ckpt or [None if args.compare else G.find_checkpoint(stages)]
     if args.bench:
         return bench(args)
     one, *more = settings(args)

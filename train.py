@@ -16,7 +16,7 @@ import signal
 
 # Idle OpenMP threads sleep early. The default spin-wait stalls a run beside another busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-if __name__ == "__main__":              # Ctrl-C while the imports load: the end, without a word
+if __name__ == "__main__":              # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -54,8 +54,7 @@ import gentron as G
 # ---- 1. Flags and their defaults -----------------------------------------------------------------
 # The defaults that depend on what is trained. The first three columns are for the nano preset and
 # the autoencoder, the last two for the paper's sizes. From the paper: eps, lr 1e-4, constant,
-# 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest. nano learns a small world, so
-# it has a high rate and a short EMA; with normalised queries and keys it learns in fewer steps.
+# 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest. nano learns a small world.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
     "steps":         (16_000,   5_428,    4_500,    500_000,     500_000),
@@ -101,11 +100,10 @@ def parser():
         group.add_argument(flag, help=help, default=default, **options)
 
     add("--stage", "what to train or make", "t2i", choices=("vae", "encode", "t2i", "t2v"))
-    add("--preset", "size of the Transformer (nano, or that of --init)", choices=G.PRESETS)
+    add("--preset", "depth, width, heads, patch size (nano, or --init's)", choices=G.PRESETS)
     for name, f in CONFIG.items():
         how = either if f.type is bool else dict(type=count if f.type is int else f.type)
-        value = "" if name in DEFAULTS else \
-            " (the preset's)" if name in G.PRESETS["nano"] else f" ({f.default})"
+        value = "" if name in {*DEFAULTS, *G.PRESETS["nano"]} else f" ({f.default})"
         add(f"--{name.replace('_', '-')}", f.metadata["help"] + value, **how)
     add("--text", "small, small+small, labels, none, clip, t5, clip+t5 or NAME[+NAME] (small)")
     add("--channels", "stage vae: latent channels; more: finer", 16, type=D.number(int, 1, 256))
@@ -160,8 +158,7 @@ def permutation(seed, epoch, n):
 
 def places_of_step(seed, step, batch, n):
     """The places in the shuffled dataset that a step trains on: `batch` numbers below n."""
-    # The first epoch takes the places in order, because `Latents` encodes in that order. Every
-    # later epoch has an order of its own. A batch may straddle two epochs.
+    # The first epoch goes in the order in which `Latents` encodes, each later one in its own order
     everything = range(step * batch, (step + 1) * batch)
     return [i if i < n else int(permutation(seed, i // n, n)[i % n]) for i in everything]
 
@@ -271,7 +268,7 @@ def training_step(run, inputs, step, args):
 
 # ---- 4. Previews and the held-out loss: how well does it go? -------------------------------------
 LEVELS, MOST = (100, 300, 500, 700, 900), 64       # timesteps and items of the held-out loss
-spread = lambda n, most: np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()   # of n
+spread = lambda n, most: np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
 
 @torch.no_grad()
 def held_out_loss(ema, held, args):
@@ -347,7 +344,7 @@ def train(args):
                 plot_log(log)
                 with bar.external_write_mode():
                     say(line)
-            if why or in_a_row == 10:                      # ten in a row: training has failed
+            if why and not in_a_row or in_a_row == 10:     # ten in a row: training has failed
                 break
     log.save()
     if in_a_row:
@@ -365,7 +362,7 @@ def train(args):
 # Flags that change how a run is carried out, not its result. They may differ on resume.
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every",
             "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile"}
-# What weights are trained for. With --init it cannot change: they mean nothing in another model.
+# Flags that define the model. With --init they are the checkpoint's.
 OF_MODEL = {*CONFIG, "text", "schedule", "objective", "noise_shift"}
 flags_of = lambda args: json.loads(json.dumps(vars(args), default=str))    # as files hold them
 
@@ -375,8 +372,10 @@ def prepare(args):
     stage, idle = args.stage, args.benchmark or args.dry_run   # idle: reads and writes nothing
     if stage in ("vae", "encode") and (idle or args.fsdp or args.compile):
         raise ValueError(f"--fsdp, --compile, --dry-run and --benchmark: not for --stage {stage}")
-    if args.frames and (stage in ("vae", "t2i") or (stage, args.frames, idle) == ("t2v", 1, False)):
-        raise ValueError(f"--frames {args.frames} with --stage {stage}; one is t2i, more are t2v")
+    cache = args.data != "shapes" and D.cache_index(args.data) or {}
+    frames = args.frames or cache.get("frames", 0)         # 0: the stage's default
+    if frames > 1 and stage in ("vae", "t2i") or frames == 1 and stage == "t2v" and not idle:
+        raise ValueError(f"{frames} frames with --stage {stage}; one is t2i, more are t2v")
     args.device, last, init = join_processes(args.device, args.fsdp), None, None
     args.out = args.out or f"runs/{stage}"
     if not idle:
@@ -386,17 +385,17 @@ def prepare(args):
         init = G.load_checkpoint(args.init) if args.init and not last else None
         if init and stage != "vae" and "config" not in init:
             raise ValueError(f"--init {args.init} is an autoencoder; give it as --vae")
-    cache = args.data != "shapes" and D.cache_index(args.data) or {}
     known = last or init or {}
-    config = G.from_file(G.GenTronConfig, known.get("config", {}))         # complete
-    saved = {**known.get("flags", {}), **(vars(config) if "config" in known else {})}
-    saved = {name: value for name, value in saved.items() if value is not None}
+    config = vars(G.from_file(G.GenTronConfig, known["config"])) if "config" in known else {}
+    saved = {k: v for k, v in {**known.get("flags", {}), **config}.items() if v is not None}
     # A file's flags pass the checks of typed ones ([64, 64] as 64x64)
     write = lambda value: "x".join(map(str, value if type(value) is list else [value]))
-    names = sorted({"preset", "world", "size", *OF_MODEL} & {*saved} - {*CONFIG})
+    kept = {"world", "size", *OF_MODEL, *(["precision"] if last else [])}
+    names = sorted({"preset", *kept} & {*saved} - {*CONFIG})
     try:
         flags = [f"--{name.replace('_', '-')}={write(saved[name])}" for name in names]
-        saved |= {name: getattr(parser().parse_args(flags), name) for name in names}
+        given = parser().parse_args(flags)
+        saved |= {name: getattr(given, name) for name in names}
     except ValueError as error:
         raise ValueError(f"damaged {args.out if last else args.init}: {error}") from None
     preset = args.preset or saved.get("preset") or "nano"
@@ -405,7 +404,7 @@ def prepare(args):
     # What was typed comes first, then the cache's, the checkpoint's, the default
     typed = {name: value for name, value in vars(args).items() if value is not None}
     fitting = {name: cache[name] for name in ("size", "fps", "frames") if name in cache}
-    inherited = {name: saved[name] for name in ("world", "size", *OF_MODEL) if name in saved}
+    inherited = {name: saved[name] for name in kept if name in saved}
     defaults = {**vars(parser().parse_args([])), **{name: f.default for name, f in CONFIG.items()},
                 **G.PRESETS[preset], **{name: row[column] for name, row in DEFAULTS.items()},
                 "preset": preset, "precision": "bf16" if args.device.type == "cuda" else "fp32"}
@@ -421,9 +420,11 @@ def prepare(args):
     for name in now:
         if name in fixed and was[name] != now[name]:
             raise ValueError(f"--{name.replace('_', '-')} was {was[name]} in {file}, now it is "
-                             f"{now[name]}; leave the flag out, or start another run: --out")
+                             f"{now[name]}; give it as it was, or leave it out, or another --out")
     if settings.batch_size % (processes() * settings.grad_accum) and stage != "encode":
         raise ValueError("--batch-size is not divisible by processes x --grad-accum")
+    if stage in ("vae", "encode") and any(side % G.VAE.down for side in settings.size):
+        raise ValueError(f"--size must be divisible by {G.VAE.down}")
     settings.size = tuple(settings.size)
     return settings, last, init
 
@@ -437,8 +438,7 @@ def setup(args):
     run, first = start(net, args, last), last["step"] if last else 0
     run.dataset, run.vae, run.state, run.prompts, run.first = dataset, vae, state, prompts, first
     say(f"{args.stage}: {sum(p.numel() for p in run.weights) / 1e6:.2f} M parameters, steps "
-        f"{first} to {args.steps} of {args.batch_size} items, {args.device}, {args.precision}"
-        + f"; resume: {args.out}/{FILES[0]}, step {first}" * bool(last))
+        f"{first} to {args.steps} of {args.batch_size} items, {args.device}, {args.precision}")
     # "-dirty": these are not quite that commit's files. "": no git or no repository
     git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude=*", shell=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
@@ -665,7 +665,7 @@ class Stop:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     def why(self):
         """Why to stop, or "": the same on all processes, whichever was told. All have to ask."""
-        told = self.signal or int(time.monotonic() > self.deadline)    # (1 is no signal of ours)
+        told = self.signal or int(time.monotonic() > self.deadline)    # 1: --minutes
         told = gather(torch.tensor([told]).to(self.device)).max().item()
         return signal.Signals(told).name if told > 1 else "--minutes" * told
 
@@ -674,8 +674,7 @@ def loader(dataset, batches, args):
     """Yields (uint8 (B, F, H, W, 3), B captions) for each list of item numbers in `batches`, drawn
     or decoded ahead of time by --workers processes."""
     return iter(DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
-                           worker_init_fn=ignore_signals,
-                           prefetch_factor=4 if args.workers else None))
+                           worker_init_fn=ignore_signals))
 
 def ignore_signals(worker):
     """Ctrl-C reaches the whole process group; only the main process decides what it means."""
@@ -688,16 +687,15 @@ def cache_of(dataset):
     return dataset if isinstance(dataset, D.Cache) else None
 
 # Are all encoders of a --text pretrained ones, which never change?
-is_frozen = lambda spec: not {None, "none", "small", "labels"} & {*(spec or "none").split("+")}
+is_frozen = lambda spec: {"none", "small", "labels"}.isdisjoint((spec or "none").split("+"))
 
 def fingerprint(vae, spec=None):
-    """A string of an autoencoder's weights, and of a local text encoder's files (names, sizes)."""
-    # In half precision, as ema.safetensors holds the weights
+    """A string of an autoencoder's weights in fp16, and of a text encoder's files, if local."""
     weights = [x.half().cpu().numpy().tobytes() for _, x in sorted(vae.state_dict().items())]
     files = [(p.name, p.stat().st_size) for name in (spec or "").split("+") if name
              for p in sorted(Path(name).glob("*"))]
-    sums = [zlib.crc32(x) for x in (b"".join(weights), repr(files).encode())]
-    return " ".join(f"{x:08x}" for x in sums[:2 if spec else 1])
+    parts = [b"".join(weights), *([repr(files).encode()] if spec else [])]
+    return " ".join(f"{zlib.crc32(part):08x}" for part in parts)
 
 def read_caches(data, vae, args):
     """A `StoredText` if all data are caches with the features of a frozen --text, else None. Raises
@@ -829,12 +827,11 @@ def save(run, step, args):
         return
     state = {**run.state, "stage": args.stage, "step": step, "size": list(args.size),
              "frames": args.frames, "fps": args.fps, "flags": flags_of(args)}
-    if args.stage == "vae":
-        state["vae"] = {"config": run.ema.config, "weights": ema}
-    else:
+    vae = run.ema if args.stage == "vae" else run.vae
+    if isinstance(vae, G.VAE):                             # a pretrained one stays a name
+        state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
+    if args.stage != "vae":
         state["ema"] = ema
-        if isinstance(run.vae, G.VAE):                     # a pretrained one stays a name
-            state["vae"] = {"config": run.vae.config, "weights": run.vae.state_dict()}
     halves = lambda x: {key: halves(v) for key, v in x.items()} if isinstance(x, dict) else \
         x.half() if isinstance(x, torch.Tensor) else x
     # In this order: a run is done when last.safetensors says so
@@ -845,8 +842,8 @@ def save(run, step, args):
 def measure_latents(vae, dataset, args, n=512):
     """Measures mean and standard deviation of each latent channel, as drawn, over n items, and
     keeps them in the autoencoder. The schedule expects latents of mean 0 and variance 1."""
-    numbers, parts = range(min(n, len(dataset))), []
-    for i in numbers[::CHUNK]:
+    numbers, parts = spread(len(dataset), n), []           # class folders must not come in turn
+    for i in range(0, len(numbers), CHUNK):
         clips = np.stack([dataset[k][0] for k in numbers[i:i + CHUNK]])
         parts.append(vae.posterior(G.to_float(clips).to(args.device)))
     # (B, F, C, h, w) -> (C, all the rest)

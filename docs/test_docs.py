@@ -88,6 +88,7 @@ def test_a_folder_of_ones_own_pictures_from_autoencoder_to_sample(here, kind, as
     said = run(train, *TINY, *data, *labels, "--steps", "3", "--vae", "runs/vae/ema.safetensors")
     assert "60 pictures" in said and "broken.png" in said and "held out" in said
     assert "runs/t2i/ema.safetensors" in run(sample, asked, "--steps", "2")
+    assert "nano.safetensors" in run(sample, "a red star", "--frames", "2", "--steps", "2")
     kind == "bare" or refused(sample, ["poodle"], "vocabulary")
 
 def test_our_choices_are_listed_as_they_stand_in_the_code():
