@@ -46,7 +46,6 @@ PRESETS = {
 
 flag = lambda default, help: field(default=default, metadata={"help": help})  # train.py's flags
 
-
 @dataclass
 class GenTronConfig:
     """All that decides the Transformer's weights. ValueError for values that cannot be built."""
@@ -56,6 +55,7 @@ class GenTronConfig:
     patch_size: int = flag(2, "p: a token is p x p latent positions")
     mlp_ratio: int = flag(4, "MLP width / D")
     conditioning: str = flag("cross", "how text enters: cross, or adaln (the paper's ablation)")
+    rotary: bool = flag(False, "rotary positions in self-attention: learns faster")
     qk_norm: bool = flag(False, "normalise queries and keys: small logits, learns faster")
     in_channels: int = 4                 # C of the latents
     text_dims: tuple = (768, 4096)       # channels of each text encoder (CLIP-L, T5-XXL); () = none
@@ -76,7 +76,6 @@ class GenTronConfig:
         if self.conditioning not in ("cross", "adaln"):
             raise ValueError(f"--conditioning '{self.conditioning:.60}' must be cross or adaln")
 
-
 # ---- 2. Embeddings -------------------------------------------------------------------------------
 def sincos(position, dim, max_period=10_000):
     """(...,) positions -> (..., dim): sines, then cosines, of dim / 2 geometric frequencies."""
@@ -85,25 +84,30 @@ def sincos(position, dim, max_period=10_000):
     angles = position[..., None].float() * frequencies     # (..., dim / 2), in radians
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-
 def turn(x, pos, k):
-    """OURS: rotary positions (Su et al. 2021): x (..., T, d), pos (T,). Channels i and i + k form a
-    point of a plane, turned by an angle in proportion to pos. From channel 2 k on x stays."""
-    speeds = 100 ** (-torch.arange(k, device=x.device) / k)
-    angles = pos[:, None] * speeds               # (T, k): 1 to almost 1 / 100 radians a position
+    """OURS: rotary positions (Su et al. 2021): x (..., T, d), pos (T,), or (T, A) along A axes.
+    Channels i and i + k form a point of a plane. It is turned by an angle in proportion to pos, of
+    k planes k / A by each axis. From channel 2 k on x stays."""
+    pos = pos.reshape(len(pos), -1)                                        # (T, A)
+    n = k // pos.shape[1]                                                  # planes an axis
+    speeds = 100 ** (-torch.arange(n, device=x.device) / n)    # 1 to almost 1 / 100 radians
+    angles = (pos[:, :, None] * speeds).flatten(1)                         # (T, A n) = (T, k)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b, rest = x.split([k, k, x.shape[-1] - 2 * k], dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
-
-def grid_positions(high, wide, dim, grid=(), device=None):
-    """(high * wide, dim), a row a token: half of the channels give its column, half its row. They
-    are scaled to `grid`, the (rows, columns) of training (as in PixArt, Chen et al. 2023)."""
+def token_places(high, wide, grid=(), device=None):
+    """(N, 2): row and column of the N = high * wide tokens of a frame, row by row. They are scaled
+    to `grid`, the (rows, columns) of training (as in PixArt, Chen et al. 2023)."""
     rows, columns = grid or (high, wide)
     y = torch.arange(high, device=device).repeat_interleave(wide) * (rows / high)      # 0 0 0 1 1 1
     x = torch.arange(wide, device=device).repeat(high) * (columns / wide)              # 0 1 2 0 1 2
-    return torch.cat([sincos(x, dim // 2), sincos(y, dim // 2)], dim=-1)
+    return torch.stack([y, x], dim=1)
 
+def grid_positions(high, wide, dim, grid=(), device=None):
+    """(N, dim), a row a token: half of the channels give its column, half its row."""
+    y, x = token_places(high, wide, grid, device).unbind(1)
+    return torch.cat([sincos(x, dim // 2), sincos(y, dim // 2)], dim=-1)
 
 def patchify(z, p):  # exercise 1
     """(B, F, C, H, W) -> (B, F * N, p * p * C), N = (H / p) * (W / p), row by row."""
@@ -112,24 +116,20 @@ def patchify(z, p):  # exercise 1
     # Channels last within a patch, as in DiT's output layer: DiT's own fits as it is
     return z.permute(0, 1, 3, 5, 4, 6, 2).reshape(B, F * (H // p) * (W // p), p * p * C)
 
-
 def unpatchify(x, p, shape):
     """The inverse of `patchify`; shape is z's (B, F, C, H, W)."""
     B, F, C, H, W = shape
     x = x.reshape(B, F, H // p, W // p, p, p, C)
     return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, F, C, H, W)
 
-
 # ---- 3. The Transformer (paper, 3.2 and 3.4) -----------------------------------------------------
 def norm(x):
     """LayerNorm over the channels of (..., D), without weights: adaLN takes their place."""
     return fn.layer_norm(x, x.shape[-1:], eps=1e-6)
 
-
 def modulate(x, shift, scale):
     """adaLN: x (B, T, D) times 1 + scale, plus shift. Both are (B, 1, D): one for all tokens."""
     return torch.addcmul(shift, x, 1 + scale)              # one pass over x
-
 
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v. q (B, h, T, d), k and v (B, h, L, d), mask bool (B, 1, 1, L)."""
@@ -140,18 +140,17 @@ def attend(q, k, v, mask=None):
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
 
-
 class Attention(nn.Module):
     """Multi-head attention, for all its uses:
-    self      attention(x)                       tokens of one frame look at each other
+    self      attention(x), or pos=...           tokens of one frame look at each other
     cross     attention(x, kv=..., mask=...)     image tokens look at text tokens
     temporal  attention(x, pos=..., motion=...)  one token's F moments look at each other
     words     attention(x, mask=..., pos=...)    in the small text encoder"""
     def __init__(self, width, heads, kv_dim=None, qk_norm=False, turned=0.5):
         super().__init__()
         # The share of channels that `turn` rotates. Frames: half, and the rest of v passes between
-        # frames as it is. Words: all, or their order is learned late.
-        self.heads, self.planes = heads, int(turned * (width // heads) / 2)
+        # frames as it is. Words: all, or their order is learned late. Planes: even, for two axes.
+        self.heads, self.planes = heads, int(turned * (width // heads) / 4) * 2
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(kv_dim or width, 2 * width)    # keys and values in one product
         self.out = nn.Linear(width, width)
@@ -169,14 +168,14 @@ class Attention(nn.Module):
 
     def forward(self, x, kv=None, mask=None, pos=None, motion=None):
         """x (B, T, D); kv: None = x itself, tokens (B, L, kv_dim), or the (k, v) of `keys_values`;
-        mask bool (B, L); pos (T,), for self-attention; motion bool (B,). Returns (B, T, D)."""
+        mask bool (B, L); pos as for `turn`; motion bool (B,). Returns (B, T, D)."""
         q = self.q_norm(self.split(self.q(x)))                             # (B, h, T, D/h)
         k, v = kv if isinstance(kv, tuple) else self.keys_values(x if kv is None else kv)
         mask = None if mask is None else mask[:, None, None, :]            # (B, 1, 1, L)
         if pos is None:
             y = attend(q, k, v, mask)                                      # (B, h, T, D/h)
         else:
-            # Rotating q and k makes q . k depend on the distance of two frames (or words).
+            # Rotating q and k makes q . k depend on the distance of two frames, words or tokens.
             # OURS: v is rotated, too, and the result is rotated back. This tells a frame how far
             # away another one is: all that tells frames of pure noise apart.
             turned = lambda x: turn(x, pos, self.planes)
@@ -186,7 +185,6 @@ class Attention(nn.Module):
             # over one key is 1, so the result is v itself. No mask tensor is needed.
             y = torch.where(motion[:, None, None, None], y, v)  # exercise 5
         return self.out(y.transpose(1, 2).flatten(2))                      # (B, T, D)
-
 
 class Block(nn.Module):
     """DiT's two branches, with text and frames between them. text_dim None: no cross-attention."""
@@ -200,13 +198,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, cfg.mlp_ratio * D), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.mlp_ratio * D, D))
 
-    def forward(self, x, c, kv, mask, frames, pos, motion):
+    def forward(self, x, c, kv, mask, frames, places, pos, motion):
         """x (B, F N, D), c (B, D), kv the text's tokens (B, L, text_dim) or their `keys_values`,
-        mask the text's, pos (F,), motion bool (B,). Returns (B, F N, D)."""
+        mask the text's, places (N, 2) or None, pos (F,), motion bool (B,). Returns (B, F N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = \
             self.modulation(fn.silu(c))[:, None].chunk(6, dim=-1)          # each (B, 1, D)
         y = modulate(norm(x), shift1, scale1).unflatten(1, (frames, -1)).flatten(0, 1)  # (B F) N D
-        x = torch.addcmul(x, gate1, self.attn(y).reshape(x.shape))         # x + gate1 * attn(y)
+        y = self.attn(y, pos=places).reshape(x.shape)                      # (B, F N, D)
+        x = torch.addcmul(x, gate1, y)                                     # x + gate1 y
         if self.cross is not None:
             x = x + self.cross(norm(x), kv, mask)                          # (B, F N, D)
         if self.temporal is not None:
@@ -225,14 +224,12 @@ class Block(nn.Module):
         y = self.temporal(y, pos=pos, motion=motion)                                   # (B N) F D
         return y.view(B, FN // frames, frames, D).transpose(1, 2).reshape(B, FN, D)
 
-
 @dataclass
 class Text:
     """Encoded captions: an entry of tokens and of mask for each encoder k."""
     tokens: tuple                        # of (B, L, D_k)
     mask: tuple                          # of bool (B, L), True = a real token
     pooled: torch.Tensor                 # (B, sum of all D_k)
-
 
 class GenTron(nn.Module):
     """The Transformer: noisy latents, a timestep, a text -> a prediction (eps, v or flow)."""
@@ -297,16 +294,17 @@ class GenTron(nn.Module):
         if H % p or W % p:
             raise ValueError(f"latents of {H} x {W} are not divisible by patch size {p}")
         kvs, masks, pooled = text if isinstance(text, tuple) else self.route(text)
-        where = grid_positions(H // p, W // p, D, self.cfg.grid, z.device)             # (N, D)
+        size = H // p, W // p                                              # N = their product
+        where = grid_positions(*size, D, self.cfg.grid, z.device)          # (N, D)
+        places = token_places(*size, self.cfg.grid, z.device) if self.cfg.rotary else None
         x = self.patch(patchify(z, p)) + where.repeat(F, 1)                # (B, F N, D)
         c = self.time(sincos(t, 256)) + pooled                             # (B, D)
         pos = torch.arange(F, device=z.device)                             # (F,), the frames' order
         for block, kv, mask in zip(self.blocks, kvs, masks):
-            x = block(x, c, kv, mask, F, pos, motion)                      # (B, F N, D)
+            x = block(x, c, kv, mask, F, places, pos, motion)              # (B, F N, D)
         shift, scale = self.final_modulation(fn.silu(c))[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         x = self.final(modulate(norm(x), shift, scale))                    # (B, F N, p p C)
         return unpatchify(x, p, z.shape)                                   # (B, F, C, H, W)
-
 
 # ---- 4. Diffusion (paper, 3.1): the schedule, the samplers, the training loss --------------------
 # The objectives that fit a schedule. From eps, z0 = (z - sigma eps) / alpha: cosine ends at an
@@ -319,7 +317,6 @@ SAMPLERS = {
     "ddpm":  (1.0, 1),                   # Ho et al. 2020
     "dpm++": (0.0, 2),                   # Lu et al. 2022, DPM-Solver++(2M)
 }
-
 
 class NoiseSchedule:
     """z_t = alpha_t z_0 + sigma_t noise, for t = 0 .. steps - 1; the noise grows with t.
@@ -439,7 +436,6 @@ class NoiseSchedule:
             before = (z0, t)
             yield t, known(z, s), z0
 
-
 @dataclass
 class Draws:
     """All the randomness of one training step. draws[a:b] is the part of items a .. b - 1."""
@@ -451,7 +447,6 @@ class Draws:
 
     def __getitem__(self, part):
         return Draws(*(getattr(self, f.name)[part] for f in fields(self)))
-
 
 def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0, p_first_frame=0.0,
                layout=False):
@@ -467,7 +462,6 @@ def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0, p
     t = schedule.draw_timesteps(shape[0], g, frames, layout) if schedule else torch.zeros(shape[0])
     return Draws(t, torch.randn(shape, generator=g), drop_text, still, given)
 
-
 def training_loss(model, encoder, schedule, z0, captions, draws):
     """The loss of each item, (B,): mean squared error of the network's prediction (paper 3.1).
     z0 (B, F, C, H, W) clean latents, captions B strings, draws of B items. Conditions are dropped
@@ -481,7 +475,6 @@ def training_loss(model, encoder, schedule, z0, captions, draws):
     error = out.float() - schedule.target(z0, t, noise)     # in fp32, whatever the model runs in
     error[given, 0] = 0
     return error.square().flatten(1).mean(1)                # (B,)
-
 
 # ---- 5. Guidance (paper, 3.4) --------------------------------------------------------------------
 def guided(model, text, cfg=4.0, motion_scale=1.0, bf16=False):  # exercise 4
@@ -515,14 +508,12 @@ def guided(model, text, cfg=4.0, motion_scale=1.0, bf16=False):  # exercise 4
         return torch.einsum("n,nbfchw->bfchw", weights, out.float().unflatten(0, (n, B)))
     return predict
 
-
 # ---- 6. Text (paper, 3.2) ------------------------------------------------------------------------
 def split_words(caption):
     """'An orange circle!' -> ['a', 'orange', 'circle']. A CJK character is a word of its own."""
     cjk = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"         # kana, Han, Hangul
     found = re.findall(f"[{cjk}]|[^\\W_{cjk}]+", caption.lower())    # else letters and digits
     return ["a" if word == "an" else word for word in found]
-
 
 class WordEncoder(nn.Module):
     """The small text encoder: a vocabulary and a small Transformer, trained with the model.
@@ -563,7 +554,6 @@ class WordEncoder(nn.Module):
         """What each token of one caption stands for: up to L strings."""
         return ["(start)", *self.split(caption)][:self.max_words]
 
-
 class TextEncoder(nn.Module):
     """Captions -> Text, through one or several encoders. spec: "small", "small+small", "labels",
     "none", or "clip", "t5", names and folders of the transformers library, joined by +. vocabulary:
@@ -595,7 +585,6 @@ class TextEncoder(nn.Module):
         small = [encoder for encoder in self.encoders if isinstance(encoder, WordEncoder)]
         return sorted({word for e in small for word in e.split(caption) if word not in e.index})
 
-
 # ---- 7. Autoencoder (paper, 3.1: a frozen KL autoencoder, 8x down) -------------------------------
 class ResBlock(nn.Module):
     """x + conv(conv(x)) of (B, C, H, W). GroupNorm, as a picture must not depend on its batch."""
@@ -607,7 +596,6 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         return x + self.layers(x)
-
 
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, C, H/8, W/8).
@@ -658,17 +646,14 @@ class VAE(nn.Module):
         y = self.decoder((z * self.std + self.mean).flatten(0, 1))
         return y.clamp(-1, 1).unflatten(0, z.shape[:2])
 
-
 def to_float(clips):
     """uint8 (B, F, H, W, 3), numpy or torch -> float (B, F, 3, H, W) in -1 .. 1."""
     return torch.as_tensor(clips).movedim(-1, -3).float() / 127.5 - 1
-
 
 def to_uint8(x):
     """The inverse of `to_float`: (B, F, 3, H, W) -> numpy uint8 (B, F, H, W, 3)."""
     x = ((x.float() + 1) * 127.5).round().clamp(0, 255)    # clamped, or 256 would come out as 0
     return x.to(torch.uint8).movedim(-3, -1).cpu().numpy()
-
 
 # ---- 8. Generate: everything above, in the order of use ------------------------------------------
 @dataclass
@@ -678,7 +663,6 @@ class Given:
     strength: float = 1.0                # 0: the picture as it is .. 1: nothing of it is left
     mask: torch.Tensor = None            # (h, w), 1 = draw anew, 0 = keep the picture; None = all 1
     first_frame: bool = False            # the picture is a clip's first frame, and stays
-
 
 @torch.no_grad()
 def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=4.0,
@@ -711,7 +695,6 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
         x = torch.where(anew, x, vae.decode(image))
     return to_uint8(x)
 
-
 # ==== Below: engineering (pretrained encoders, checkpoints), where a first reading may stop =======
 @contextmanager
 def loading(what, name):
@@ -722,7 +705,6 @@ def loading(what, name):
     except Exception as error:  # noqa: BLE001 - a library raises what it likes
         raise ValueError(f"{what} '{name:.80}' cannot be loaded ({first_line(error)}); try pip "
                          f"install -e '.[pretrained]', or hf download {name:.80}") from None
-
 
 @lru_cache
 def pretrained_text(path, download):
@@ -738,7 +720,6 @@ def pretrained_text(path, download):
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         net = family.from_pretrained(path, dtype=dtype, **options).requires_grad_(False).eval()
         return net, AutoTokenizer.from_pretrained(path, **options)
-
 
 class FrozenEncoder(nn.Module):
     """A pretrained text encoder, never trained (paper 3.2: CLIP-L and Flan-T5-XXL). Its weights are
@@ -772,7 +753,6 @@ class FrozenEncoder(nn.Module):
         ids = tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
         return tokenizer.convert_ids_to_tokens(ids)
 
-
 class PretrainedVAE(nn.Module):
     """A frozen KL autoencoder of the diffusers library, used like VAE. name: a hub name
     ("stabilityai/sd-vae-ft-ema") or a local folder. Its own constants normalise the latents."""
@@ -795,7 +775,6 @@ class PretrainedVAE(nn.Module):
         y = self.net.decode((z * self.std + self.mean).flatten(0, 1)).sample
         return y.clamp(-1, 1).unflatten(0, z.shape[:2])
 
-
 # ---- 9. Checkpoints: safetensors files -----------------------------------------------------------
 # A safetensors file: the length of a header (8 bytes), the header (JSON: each tensor's dtype, shape
 # and place), the raw numbers. Nothing in it can be executed. A checkpoint is one dict: its tensors
@@ -803,7 +782,6 @@ class PretrainedVAE(nn.Module):
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TENSORS = re.compile("(ema|weights|optimizer|vae/weights)/.")  # their names; all else is a fact
 seal = lambda facts, header: zlib.crc32(json.dumps([facts, header], sort_keys=True).encode())
-
 
 def save_checkpoint(path, state):
     """Writes a dict of numbers, strings, lists, tensors and dicts of these, beside `path`. The last
@@ -848,7 +826,6 @@ def save_checkpoint(path, state):
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}; make room there") from None
 
-
 def load_checkpoint(path):
     """The dict that was saved, on the CPU. ValueError for a missing, damaged or foreign file."""
     if not os.path.isfile(path):                           # opening a pipe could block for ever
@@ -858,7 +835,6 @@ def load_checkpoint(path):
             return read_safetensors(file)
     except Exception as error:  # noqa: BLE001 - the one place where files become tensors
         raise ValueError(f"{path} is no checkpoint that can be used: {first_line(error)}") from None
-
 
 def read_safetensors(file):
     """An open file -> the dict that `save_checkpoint` wrote. Other files raise what they raise."""
@@ -893,7 +869,6 @@ def read_safetensors(file):
         raise ValueError("it is damaged (checksum)")
     return state
 
-
 def check_facts(facts):
     """ValueError unless what a checkpoint says of itself can be used. It builds nothing large."""
     whole = lambda x, low, high: type(x) is int and low <= x <= high
@@ -918,7 +893,6 @@ def check_facts(facts):
         if not fine:
             raise ValueError(f"its {name} is {facts[name]!r:.60}")
 
-
 def from_file(kind, values):
     """A file's dict -> kind(**dict). What it lacks has its default; ValueError: unknown name."""
     unknown = sorted(values.keys() - inspect.signature(kind).parameters.keys())
@@ -926,11 +900,9 @@ def from_file(kind, values):
         raise ValueError(f"it was made by a newer version: {kind.__name__} '{unknown[0]:.60}'")
     return kind(**values)
 
-
 def first_line(error):
     """What an exception says, in one line of at most 150 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-
 
 class Net(nn.Module):
     """All that trains together. forward is the loss: FSDP and compile act on a module's forward."""
@@ -940,7 +912,6 @@ class Net(nn.Module):
 
     def forward(self, z0, captions, draws):
         return training_loss(self.model, self.text, self.schedule, z0, captions, draws)
-
 
 def load_weights(module, weights, what):
     """{name: tensor} become the module's own, in fp32. ValueError: what (a name) does not fit."""
@@ -952,7 +923,6 @@ def load_weights(module, weights, what):
         raise ValueError(f"{what} does not fit: {first_line(faults or title)}") from None
     return module
 
-
 def build_vae(state, download=False):
     """A checkpoint's autoencoder, frozen, fp32. download: True, or the one name that may be."""
     part = state["vae"]                          # {"name": ...} or {"config": ..., "weights": ...}
@@ -961,7 +931,6 @@ def build_vae(state, download=False):
     with torch.device("meta"):                   # no memory before the weights are known to fit
         vae = from_file(VAE, part["config"]).requires_grad_(False).eval()
     return load_weights(vae, part.get("weights", {}), "the autoencoder")
-
 
 def build_net(state, weights="ema", text=None, download=False):
     """The Net of a t2i or t2v checkpoint, in eval mode on the CPU. weights: "ema", or "weights"
@@ -975,7 +944,6 @@ def build_net(state, weights="ema", text=None, download=False):
         net = Net(GenTron(from_file(GenTronConfig, state["config"])), text, schedule)
     return load_weights(net, state[weights], "the checkpoint").eval()
 
-
 def find_checkpoint(stages=("t2i", "t2v")):
     """The path of the newest t2i or t2v run's ema.safetensors under runs/, else of
     assets/nano.safetensors. ValueError if there is neither, or a newer file is damaged."""
@@ -985,7 +953,6 @@ def find_checkpoint(stages=("t2i", "t2v")):
         if path.exists() and load_checkpoint(path)["stage"] in stages:
             return str(path)
     raise ValueError(f"no {' or '.join(stages)} run in runs/; train one: python train.py")
-
 
 def pick_device(name=None):
     """A torch.device: the one named, or else cuda, mps or cpu. ValueError if it is not there."""

@@ -100,7 +100,6 @@ def parser():
     add("--json", metavar="FILE", help="all verdicts and settings (bench.json, study.json)")
     return p
 
-
 # ---- 2. Prompts in -------------------------------------------------------------------------------
 def read_prompts(args):
     """The prompts of the command line, then those of --prompts -> (prompts, each --per-prompt
@@ -115,7 +114,6 @@ def read_prompts(args):
     # Each picture has its own seed. Two pictures of one noise would share their layout
     return prompts, [args.seed + k for k in range(len(prompts))]
 
-
 def check_words(encoder, prompts):
     """Raises ValueError for a prompt that is too long or has a word that the encoder does not know.
     With an unknown word the model would silently draw something else."""
@@ -126,7 +124,6 @@ def check_words(encoder, prompts):
             near = difflib.get_close_matches(word, encoder.vocabulary, n=3, cutoff=0.5)
             known = " or ".join(near) if near else ", ".join(encoder.vocabulary[:12]) + " ..."
             raise ValueError(f"'{word:.40}' is not in this model's vocabulary; try {known}")
-
 
 def bench_prompts(args, encoder):
     """{category: (prompts, seeds)} of the benchmark: fixed sentences, each with its own noise.
@@ -145,7 +142,6 @@ def bench_prompts(args, encoder):
     if not asked:
         raise ValueError("no sentence of the benchmark is left; try a model of the shapes world")
     return asked
-
 
 # ---- 3. The sampler ------------------------------------------------------------------------------
 class Sampler:
@@ -217,7 +213,6 @@ class Sampler:
                     clips[k] = np.repeat(clip, args.frames // frames, axis=0)
         return np.stack(clips)                                             # (n, F, H, W, 3)
 
-
 # ---- 4. Pictures out -----------------------------------------------------------------------------
 def draw(args):
     """Prompts in, pictures out. Whatever can be refused is refused before the first step."""
@@ -234,7 +229,6 @@ def draw(args):
         write(sampler(prompts, seeds), prompts, path, sampler.fps)
     D.say(f"wrote {path}: {len(prompts)} drawn in {time.monotonic() - started:.1f} s")
 
-
 def save(path, images, fps):
     """PIL images -> a .png of the first, or a .gif or .mp4 of all."""
     with D.writing(path) as file:
@@ -242,7 +236,6 @@ def save(path, images, fps):
             images[0].save(file)
         else:
             (D.save_gif if path.suffix.lower() == ".gif" else D.save_mp4)(file, images, fps)
-
 
 def write(clips, prompts, path, fps):
     """uint8 clips (n, F, H, W, 3) -> one labelled file, or a folder with a file a clip. A .png of
@@ -262,7 +255,6 @@ def write(clips, prompts, path, fps):
         columns = min(6, math.ceil(math.sqrt(len(clips))))
         save(path, [D.contact_sheet(clips, prompts, columns, frame=f) for f in range(frames)], fps)
 
-
 def film_strip(clips, prompts, notes=None):
     """Clips as one image: a row a clip, its caption (and note) under the first frame. Pictures
     (F = 1) come as a grid."""
@@ -273,7 +265,6 @@ def film_strip(clips, prompts, notes=None):
     first = lambda items, rest: [x if f == 0 else rest for x in items for f in range(frames)]
     return D.contact_sheet(cells, first(prompts, ""), frames, first(notes, None))
 
-
 # ---- 5. The benchmark ----------------------------------------------------------------------------
 def wilson(right, n):
     """95 % interval of a share, right of n (Wilson 1927): (low, high), each 0 .. 1."""
@@ -283,7 +274,6 @@ def wilson(right, n):
     # max: at right = 0 rounding can give -1e-18, which would print as -0
     return max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-
 def print_row(cells, titles=False):
     """Prints a table row, [(title, value), ...], right-aligned; with titles, these above it. Shares
     (float) and intervals (tuple) are printed in percent."""
@@ -292,7 +282,6 @@ def print_row(cells, titles=False):
     if titles:
         D.say(" ".join(title.rjust(7) for title, _ in cells))
     D.say(" ".join(text(value).rjust(7) for _, value in cells))
-
 
 def grade(name, prompts, clips):
     """Lets the judge read the clips of one category -> its entry of the record, a dict."""
@@ -311,7 +300,6 @@ def grade(name, prompts, clips):
                          for p, v, ok in zip(prompts, verdicts, right)]
     return entry
 
-
 def ceiling(sampler, name, prompts):
     """The share of true pictures that pass after a round trip through the autoencoder, 0 .. 1. No
     sample can be expected to do better."""
@@ -319,7 +307,6 @@ def ceiling(sampler, name, prompts):
     x = (G.to_float(clip[None]).to(sampler.device) for clip in truth)      # (1, F, 3, H, W) each
     return grade(name, prompts, [G.to_uint8(sampler.vae.decode(sampler.vae.encode(clip)))[0]
                                  for clip in x])["score"]
-
 
 def bench(args):
     """Draws each category's fixed prompts with each setting, lets the judge read them, and prints a
@@ -370,7 +357,6 @@ def bench(args):
         save(sheet_path, [film_strip(*zip(*failures[:60]))], 1)
         D.say(f"wrote {sheet_path}: {min(60, len(failures))} of {len(failures)} failures")
 
-
 # ---- 6. Looking inside, by hooks on the model: the picture is the one of `draw` ------------------
 def strip(sampler, prompts, seeds, moments=12):
     """Each prompt's picture at twelve moments of denoising -> an image, three rows a prompt.
@@ -399,7 +385,6 @@ def strip(sampler, prompts, seeds, moments=12):
             labels += [f"{f'{prompt}: {name}, ' if k == 0 else ''}t = {steps[k][0]}" for k in keep]
     return D.contact_sheet(cells, labels, len(keep), cell=96)
 
-
 def attend(cross, x, k, mask):
     """Attention's weights: x (B, N, D), k (B, h, L, D/h), mask bool (B, L) -> (B, N, L), mean over
     heads. They sum to 1 over the L words."""
@@ -407,7 +392,6 @@ def attend(cross, x, k, mask):
     q = cross.q_norm(cross.split(cross.q(x)))                              # (B, h, N, D/h)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])              # (B, h, N, L)
     return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(-1).mean(1)
-
 
 def attention_maps(sampler, prompt, seed):
     """Draws one picture and records its cross-attention. Returns the picture, uint8 (1, H, W, 3),
@@ -430,7 +414,6 @@ def attention_maps(sampler, prompt, seed):
     words = encoder.encoders[0].spell(prompt)
     return picture, words, maps.transpose(1, 2)[:, :len(words)].unflatten(2, grid)
 
-
 def attention_sheet(sampler, prompts, seeds):
     """A row a word: the picture, bright where the word is attended, early, midway, late, and over
     all steps. The label says which share of the attention the word has -> an image."""
@@ -450,7 +433,6 @@ def attention_sheet(sampler, prompts, seeds):
                 labels.append(f"{word}, {when}: {100 * share:.0f} %")
     return D.contact_sheet(cells, labels, len(moments))
 
-
 # ==== Below: engineering ==========================================================================
 # A first reading may stop here. What follows: the comparison of two systems, records, path checks.
 
@@ -458,7 +440,6 @@ def attention_sheet(sampler, prompts, seeds):
 STUDY = 100                     # pairs on the page at most, the paper's number of prompts
 QUESTIONS = [{"key": "quality", "text": "Which looks better?"},          # the paper's two
              {"key": "alignment", "text": "Which fits the text better?"}]
-
 
 def draw_sides(args):
     """Two checkpoints -> the sides of --compare, {(prompt, seed): (clip, prompt, category)} each,
@@ -476,7 +457,6 @@ def draw_sides(args):
             side |= {(p, seed): (clip, p, name) for p, seed, clip in zip(prompts, seeds, clips)}
     return sides, both[0].fps
 
-
 def read_sides(args):
     """Two folders of pictures by any systems -> the sides of --compare, {name: (clip, caption, "")}
     each, and frames a second. All have one size: nobody shall vote for the larger picture."""
@@ -486,7 +466,6 @@ def read_sides(args):
     folders = [D.Folder(path, size, args.frames, fps) for path in args.compare]
     return [{folder.stem(file): (*folder[k], "") for k, (file, _) in enumerate(folder.items)}
             for folder in folders], fps
-
 
 def study_page(path, items, names, fps):
     """Writes the page on which people vote: the template with one JSON put in, pictures inside.
@@ -509,7 +488,6 @@ def study_page(path, items, names, fps):
     with D.writing(path) as file:
         file.write_text(page, encoding="utf-8")
     D.say(f"wrote {path} for people: {len(pairs)} pairs, open it in a browser")
-
 
 def compare(args):
     """--compare A B: the judge's verdict on both, prompt by prompt, and a page for people."""
@@ -547,7 +525,6 @@ def compare(args):
     D.say(f"wrote {json_path}: every verdict")
     study_page(page, items, args.compare, fps)
 
-
 # ---- 8. Paths and main ---------------------------------------------------------------------------
 def output_path(args, name, *suffixes):
     """A file to be written -> its Path; with "/" among the suffixes, also a folder. ValueError if
@@ -566,12 +543,10 @@ def output_path(args, name, *suffixes):
               *(args.ckpt if isinstance(args.ckpt, list) else [args.ckpt])]
     return D.writable(path, inputs=inputs)
 
-
 def settings(args):
     """Flags that hold lists -> Namespaces of one value each, all combinations, --ckpt outermost."""
     for values in itertools.product(*(getattr(args, flag) for flag in SWEPT)):
         yield argparse.Namespace(**{**vars(args), **dict(zip(SWEPT, values))})
-
 
 def work(args):
     """Does what the flags ask for. Raises ValueError for flags that do not go together."""
@@ -603,12 +578,10 @@ def work(args):
         raise ValueError(f"only --bench takes several values of --{', --'.join(SWEPT)}")
     return (compare if args.compare else draw)(one)
 
-
 def main(argv=None):
     """Command line -> exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     return D.run_main(lambda: work(parser().parse_args(argv)),
                       memory_advice="try a smaller --batch-size, --frames or --size")
-
 
 if __name__ == "__main__":
     sys.exit(main())

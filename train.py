@@ -52,9 +52,8 @@ import data as D
 import gentron as G
 
 # ---- 1. Flags and their defaults -----------------------------------------------------------------
-# The defaults that depend on what is trained. The first three columns are for the nano preset and
-# the autoencoder, the last two for the paper's sizes. From the paper: eps, lr 1e-4, constant,
-# 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest. nano learns a small world.
+# The defaults that depend on what is trained; "paper": with a preset of its sizes. From the paper:
+# eps, lr 1e-4, constant, 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
     "steps":         (16_000,   5_428,    4_500,    500_000,     500_000),
@@ -69,6 +68,7 @@ DEFAULTS = {
     "frames":        (1,        1,        8,        1,           8),
     "world":         ("full",   "basic",  "basic",  "basic",     "basic"),
     "p_first_frame": (0.0,      0.0,      0.1,      0.0,         0.1),
+    "rotary":        (False,    True,     True,     False,       False),
     "qk_norm":       (False,    True,     True,     False,       False),
     "noise_shift":   (0.0,      0.0,      0.0,      0.0,         0.0),
     "fps":           (4.0,      4.0,      4.0,      4.0,         4.0),
