@@ -55,7 +55,6 @@ class GenTronConfig:
     patch_size: int = flag(2, "p: a token is p x p latent positions")
     mlp_ratio: int = flag(4, "MLP width / D")
     conditioning: str = flag("cross", "how text enters: cross, or adaln (the paper's ablation)")
-    rotary: bool = flag(False, "rotary positions in self-attention: learns faster")
     qk_norm: bool = flag(False, "normalise queries and keys: small logits, learns faster")
     in_channels: int = 4                 # C of the latents
     text_dims: tuple = (768, 4096)       # channels of each text encoder (CLIP-L, T5-XXL); () = none
@@ -85,28 +84,20 @@ def sincos(position, dim, max_period=10_000):
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 def turn(x, pos, k):
-    """OURS: rotary positions (Su et al. 2021): x (..., T, d), pos (T,), or (T, A) along A axes.
-    Channels i and i + k form a point of a plane. It is turned by an angle in proportion to pos, of
-    k planes k / A by each axis. From channel 2 k on x stays."""
-    pos = pos.reshape(len(pos), -1)                                        # (T, A)
-    n = k // pos.shape[1]                                                  # planes an axis
-    speeds = 100 ** (-torch.arange(n, device=x.device) / n)    # 1 to almost 1 / 100 radians
-    angles = (pos[:, :, None] * speeds).flatten(1)                         # (T, A n) = (T, k)
+    """OURS: rotary positions (Su et al. 2021): x (..., T, d), pos (T,). Channels i and i + k form a
+    point of a plane, turned by an angle in proportion to pos. From channel 2 k on x stays."""
+    speeds = 100 ** (-torch.arange(k, device=x.device) / k)
+    angles = pos[:, None] * speeds               # (T, k): 1 to almost 1 / 100 radians a position
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b, rest = x.split([k, k, x.shape[-1] - 2 * k], dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
-def token_places(high, wide, grid=(), device=None):
-    """(N, 2): row and column of the N = high * wide tokens of a frame, row by row. They are scaled
-    to `grid`, the (rows, columns) of training (as in PixArt, Chen et al. 2023)."""
+def grid_positions(high, wide, dim, grid=(), device=None):
+    """(high * wide, dim), a row a token: half of the channels give its column, half its row. They
+    are scaled to `grid`, the (rows, columns) of training (as in PixArt, Chen et al. 2023)."""
     rows, columns = grid or (high, wide)
     y = torch.arange(high, device=device).repeat_interleave(wide) * (rows / high)      # 0 0 0 1 1 1
     x = torch.arange(wide, device=device).repeat(high) * (columns / wide)              # 0 1 2 0 1 2
-    return torch.stack([y, x], dim=1)
-
-def grid_positions(high, wide, dim, grid=(), device=None):
-    """(N, dim), a row a token: half of the channels give its column, half its row."""
-    y, x = token_places(high, wide, grid, device).unbind(1)
     return torch.cat([sincos(x, dim // 2), sincos(y, dim // 2)], dim=-1)
 
 def patchify(z, p):  # exercise 1
@@ -142,15 +133,15 @@ def attend(q, k, v, mask=None):
 
 class Attention(nn.Module):
     """Multi-head attention, for all its uses:
-    self      attention(x), or pos=...           tokens of one frame look at each other
+    self      attention(x)                       tokens of one frame look at each other
     cross     attention(x, kv=..., mask=...)     image tokens look at text tokens
     temporal  attention(x, pos=..., motion=...)  one token's F moments look at each other
     words     attention(x, mask=..., pos=...)    in the small text encoder"""
     def __init__(self, width, heads, kv_dim=None, qk_norm=False, turned=0.5):
         super().__init__()
         # The share of channels that `turn` rotates. Frames: half, and the rest of v passes between
-        # frames as it is. Words: all, or their order is learned late. Planes: even, for two axes.
-        self.heads, self.planes = heads, int(turned * (width // heads) / 4) * 2
+        # frames as it is. Words: all, or their order is learned late.
+        self.heads, self.planes = heads, int(turned * (width // heads) / 2)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(kv_dim or width, 2 * width)    # keys and values in one product
         self.out = nn.Linear(width, width)
@@ -168,14 +159,14 @@ class Attention(nn.Module):
 
     def forward(self, x, kv=None, mask=None, pos=None, motion=None):
         """x (B, T, D); kv: None = x itself, tokens (B, L, kv_dim), or the (k, v) of `keys_values`;
-        mask bool (B, L); pos as for `turn`; motion bool (B,). Returns (B, T, D)."""
+        mask bool (B, L); pos (T,), for self-attention; motion bool (B,). Returns (B, T, D)."""
         q = self.q_norm(self.split(self.q(x)))                             # (B, h, T, D/h)
         k, v = kv if isinstance(kv, tuple) else self.keys_values(x if kv is None else kv)
         mask = None if mask is None else mask[:, None, None, :]            # (B, 1, 1, L)
         if pos is None:
             y = attend(q, k, v, mask)                                      # (B, h, T, D/h)
         else:
-            # Rotating q and k makes q . k depend on the distance of two frames, words or tokens.
+            # Rotating q and k makes q . k depend on the distance of two frames (or words).
             # OURS: v is rotated, too, and the result is rotated back. This tells a frame how far
             # away another one is: all that tells frames of pure noise apart.
             turned = lambda x: turn(x, pos, self.planes)
@@ -198,14 +189,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, cfg.mlp_ratio * D), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.mlp_ratio * D, D))
 
-    def forward(self, x, c, kv, mask, frames, places, pos, motion):
+    def forward(self, x, c, kv, mask, frames, pos, motion):
         """x (B, F N, D), c (B, D), kv the text's tokens (B, L, text_dim) or their `keys_values`,
-        mask the text's, places (N, 2) or None, pos (F,), motion bool (B,). Returns (B, F N, D)."""
+        mask the text's, pos (F,), motion bool (B,). Returns (B, F N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = \
             self.modulation(fn.silu(c))[:, None].chunk(6, dim=-1)          # each (B, 1, D)
         y = modulate(norm(x), shift1, scale1).unflatten(1, (frames, -1)).flatten(0, 1)  # (B F) N D
-        y = self.attn(y, pos=places).reshape(x.shape)                      # (B, F N, D)
-        x = torch.addcmul(x, gate1, y)                                     # x + gate1 y
+        x = torch.addcmul(x, gate1, self.attn(y).reshape(x.shape))         # x + gate1 * attn(y)
         if self.cross is not None:
             x = x + self.cross(norm(x), kv, mask)                          # (B, F N, D)
         if self.temporal is not None:
@@ -294,14 +284,12 @@ class GenTron(nn.Module):
         if H % p or W % p:
             raise ValueError(f"latents of {H} x {W} are not divisible by patch size {p}")
         kvs, masks, pooled = text if isinstance(text, tuple) else self.route(text)
-        size = H // p, W // p                                              # N = their product
-        where = grid_positions(*size, D, self.cfg.grid, z.device)          # (N, D)
-        places = token_places(*size, self.cfg.grid, z.device) if self.cfg.rotary else None
+        where = grid_positions(H // p, W // p, D, self.cfg.grid, z.device)             # (N, D)
         x = self.patch(patchify(z, p)) + where.repeat(F, 1)                # (B, F N, D)
         c = self.time(sincos(t, 256)) + pooled                             # (B, D)
         pos = torch.arange(F, device=z.device)                             # (F,), the frames' order
         for block, kv, mask in zip(self.blocks, kvs, masks):
-            x = block(x, c, kv, mask, F, places, pos, motion)              # (B, F N, D)
+            x = block(x, c, kv, mask, F, pos, motion)                      # (B, F N, D)
         shift, scale = self.final_modulation(fn.silu(c))[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         x = self.final(modulate(norm(x), shift, scale))                    # (B, F N, p p C)
         return unpatchify(x, p, z.shape)                                   # (B, F, C, H, W)

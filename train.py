@@ -68,7 +68,6 @@ DEFAULTS = {
     "frames":        (1,        1,        8,        1,           8),
     "world":         ("full",   "basic",  "basic",  "basic",     "basic"),
     "p_first_frame": (0.0,      0.0,      0.1,      0.0,         0.1),
-    "rotary":        (False,    True,     True,     False,       False),
     "qk_norm":       (False,    True,     True,     False,       False),
     "noise_shift":   (0.0,      0.0,      0.0,      0.0,         0.0),
     "fps":           (4.0,      4.0,      4.0,      4.0,         4.0),
@@ -872,7 +871,7 @@ class Log:
             try:
                 header, *lines = D.read_text(path, 2 ** 30).splitlines()
                 rows = [[float(cell or "nan") for cell in line.split(",")] for line in lines]
-                self.rows = list({row[0]: row for row in rows if row[0] <= first}.values())
+                self.rows = sorted({row[0]: row for row in rows if row[0] <= first}.values())
                 if header != ",".join(HEADER) or not {*map(len, self.rows)} <= {len(HEADER)}:
                     raise ValueError                       # a spreadsheet may have saved it
             except ValueError:
