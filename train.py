@@ -467,14 +467,15 @@ def start(net, args, last=None):
         averages = last["vae"].get("weights", {}) if args.stage == "vae" else last["ema"]
         G.load_weights(ema, averages, file)
     blocks = net.model.blocks if args.stage != "vae" else []
-    for block in blocks if args.checkpoint_activations else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in blocks:                # in place: the names of the weights stay
+        if args.compile:                # first, as torch.compile skips what `checkpoint` wraps
+            block.forward = torch.compile(block.forward)
+        if args.checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for module in (net.train(), ema.eval().requires_grad_(False)):
         if args.fsdp:
             shard(module, args)                            # moves each part as it is sharded
         module.to(args.device)
-    for block in blocks if args.compile else ():
-        block.compile()                 # block by block and in place: names stay as they are
     # OURS: betas and no decay (the paper says AdamW and its rate). 0.99 forgets an early large
     # gradient in a hundred steps, where the usual 0.999 takes a thousand.
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
