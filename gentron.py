@@ -299,11 +299,14 @@ class GenTron(nn.Module):
 # alpha of 0.00005, which makes an error of eps 20,000 times larger; straight ends at 0.
 OBJECTIVES = {"linear": ("eps", "v"), "cosine": ("v",), "straight": ("flow",)}
 
-# A sampler is one update with two numbers: the share of fresh noise, and the order
+# A sampler is one update with three numbers: fresh noise, order, and looks at a middle noise level
 SAMPLERS = {
-    "ddim":  (0.0, 1),                   # Song et al. 2021; with flow it is Euler's method
-    "ddpm":  (1.0, 1),                   # Ho et al. 2020
-    "dpm++": (0.0, 2),                   # Lu et al. 2022, DPM-Solver++(2M)
+    "ddim":  (0.0, 1, 1),                # Song et al. 2021a; with flow it is Euler's method
+    "ddpm":  (1.0, 1, 1),                # Ho et al. 2020
+    "dpm++": (0.0, 2, 1),                # Lu et al. 2022, DPM-Solver++(2M)
+    # OURS: predictor-corrector (Song et al. 2021b): new noise and another look, where it is decided
+    # how many objects there are. An object that was begun twice then often goes again.
+    "pc":    (1.0, 1, 3),
 }
 
 class NoiseSchedule:
@@ -384,24 +387,30 @@ class NoiseSchedule:
         wanted = self.log_snr[t.long().clamp(max=self.steps - 1)] - frames.log() / 2   # (n,)
         return torch.searchsorted(-self.log_snr[:-1], -wanted).clamp(max=self.steps - 1)
 
-    def timesteps(self, n):
-        """n <= steps timesteps from pure noise down ("trailing"): 999, 959, ... 39 for n = 25."""
+    def timesteps(self, n, looks=1):
+        """n <= steps timesteps from pure noise down ("trailing"): 999, 959, ... 39 for n = 25. With
+        looks = 3 fewer, those of the middle three times: 999, 922, 845, 768, 768, 768, 691 ..."""
         if not 1 <= n <= self.steps:
             raise ValueError(f"{n} sampling steps; there must be from 1 to {self.steps}")
-        return [round(self.steps - k * self.steps / n) - 1 for k in range(n)]
+        middle = n // (looks + 1)                          # so many levels are looked at again
+        levels = n - (looks - 1) * middle
+        first = (levels - middle) // 2
+        again = range(first, first + middle)
+        return [round(self.steps - k * self.steps / levels) - 1 for k in range(levels)
+                for _ in range(looks if k in again else 1)]
 
-    def denoise(self, predict, z, steps=25, sampler="ddpm", generators=None, skip=0, known=None):
+    def denoise(self, predict, z, steps=25, sampler="pc", generators=None, skip=0, known=None):
         """Walks from noise z (B, ...) to clean latents; yields (t, z, z0) after a step: timestep,
         latents, estimate of the clean ones. predict(z, t) -> the network's output. generators:
         one an item, for fresh noise. skip: leave out so many first steps. known(z, t) -> z with
         what is given put in, at the noise of step t (-1: none). ValueError: unknown sampler."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
-        eta, order = SAMPLERS[sampler]
+        eta, order, looks = SAMPLERS[sampler]
         known = known or (lambda z, t: z)
-        times = self.timesteps(steps)[skip:] + [-1]                        # -1: no noise left
+        times = self.timesteps(steps, looks)[skip:] + [-1]                 # -1: no noise left
         lam, before = self.log_snr, None                   # before: (z0, t) of the last step
-        for t, s in zip(times, times[1:]):                 # from t to the less noisy s
+        for t, s in zip(times, times[1:]):                 # from t to the less noisy s; or s = t
             alpha_t, alpha_s = self.alpha[[t, s]].tolist()
             sigma_t, sigma_s = self.sigma[[t, s]].tolist()
             z = known(z, t)
@@ -417,6 +426,8 @@ class NoiseSchedule:
             # How much of sigma_s is fresh noise: the standard deviation of q(z_s | z_t, z0), by eta
             forward = sigma_t ** 2 - (alpha_t / alpha_s * sigma_s) ** 2    # added from s to t
             fresh = eta * sigma_s / sigma_t * math.sqrt(max(0.0, forward))
+            if s == t:                   # a corrector step: 0.8 of the noise is new, 0.6 is kept
+                fresh = 0.8 * sigma_t
             z = alpha_s * towards + math.sqrt(sigma_s ** 2 - fresh ** 2) * eps  # exercise 3
             if fresh:                    # on the CPU, item by item: an item depends on its own seed
                 z = z + fresh * torch.stack([torch.randn(z.shape[1:], generator=g)
@@ -465,7 +476,7 @@ def training_loss(model, encoder, schedule, z0, captions, draws):
     return error.square().flatten(1).mean(1)                # (B,)
 
 # ---- 5. Guidance (paper, 3.4) --------------------------------------------------------------------
-def guided(model, text, cfg=4.0, motion_scale=1.0, bf16=False):  # exercise 4
+def guided(model, text, cfg=2.0, motion_scale=1.0, bf16=False):  # exercise 4
     """Text guidance and motion-free guidance in one: returns predict(z, t) for the samplers. The
     paper adds two differences to the unconditional prediction (l_T = cfg, l_M = motion_scale):
         e(null, off) + l_T (e(text, on) - e(null, on)) + l_M (e(null, on) - e(null, off))
@@ -653,8 +664,8 @@ class Given:
     first_frame: bool = False            # the picture is a clip's first frame, and stays
 
 @torch.no_grad()
-def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=4.0,
-             motion_scale=1.0, steps=25, sampler="ddpm", device="cpu", bf16=False, negative="",
+def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=2.0,
+             motion_scale=1.0, steps=25, sampler="pc", device="cpu", bf16=False, negative="",
              given=None, on_step=None):
     """B prompts and B seeds -> uint8 pictures (B, F, H, W, 3), a numpy array. Item i depends on
     prompts[i] and seeds[i] alone. size: H and W in pixels. negative: what not to draw, in place of
@@ -669,8 +680,9 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
         if given.first_frame:                              # without noise, as in `training_loss`
             known = lambda z, t: torch.cat([image.expand_as(z[:, :1]), z[:, 1:]], dim=1)
         else:        # SDEdit (Meng et al. 2021): begin some steps later, with the noised picture
-            skip = steps - round(given.strength * steps)
-            z = at((schedule.timesteps(steps) + [-1])[skip]) if skip else noise
+            times = schedule.timesteps(steps, SAMPLERS[sampler][-1])
+            skip = sum(t >= given.strength * schedule.steps for t in times)
+            z = at((times + [-1])[skip]) if skip else noise
             if mask is not None:                           # inpainting: z0 is known where mask is 0
                 known = lambda z, t: torch.where(mask.to(z.device) > 0, z, at(t))
     predict = guided(model, encoder([*prompts, negative]), cfg, motion_scale, bf16)

@@ -77,12 +77,12 @@ def parser():
     add("--raw", dest="weights", action="store_const", const="weights", help="raw, not averaged")
     add("--download", action="store_true", help="fetch encoders that the checkpoint names")
     add("--cfg", type=listed(D.number(float, 0, 100)), default=[None], metavar="l_T", help="text "
-        "guidance, uncond + l_T (cond - uncond); 1 = off (4; models of a paper's preset: 7.5)")
+        "guidance, uncond + l_T (cond - uncond); 1 = off (2; models of a paper's preset: 7.5)")
     add("--motion", type=listed(motion), default=[1.0], metavar="l_M",
         help="motion-free guidance of clips: 1 = none (1); more motion above it; 'off': no motion")
     add("--steps", type=listed(D.number(int, 1, 1000)), default=[25], help="of the sampler (25)")
-    # OURS: the paper names no sampler. ddpm's fresh noise lets later steps correct earlier ones
-    add("--sampler", choices=tuple(G.SAMPLERS), default="ddpm", help="(ddpm)")
+    # OURS: the paper names no sampler. pc's fresh noise lets later steps correct earlier ones
+    add("--sampler", choices=tuple(G.SAMPLERS), default="pc", help="(pc)")
     add("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
     add("--batch-size", type=D.number(int, 1, 4096), default=50, help="for memory alone (50)")
     add("--device", help="cpu, cuda, mps ... (the best there is)")
@@ -175,9 +175,9 @@ class Sampler:
 
     @property
     def cfg(self):
-        """--cfg. OURS: by default 4 for nano. The paper draws its clips with l_T = 7.5."""
+        """--cfg. OURS: by default 2 for nano. The paper draws its clips with l_T = 7.5."""
         nano = self.state["flags"].get("preset") in (None, "nano")
-        return self.args.cfg if self.args.cfg is not None else 4.0 if nano else 7.5
+        return self.args.cfg if self.args.cfg is not None else 2.0 if nano else 7.5
 
     @torch.no_grad()
     def read_given(self):

@@ -99,6 +99,25 @@ def test_exercise_3_ddpm_keeps_the_right_amount_of_noise():
         assert abs(z.std().item() - sigma) < 0.02
 
 
+def test_exercise_3_the_corrector_takes_langevin_steps_at_the_middle_levels():
+    # pc, in float64: DDPM's posterior (its equation 7), and steps of 0.4 sigma^2 along the score
+    schedule, z = G.NoiseSchedule("linear", "eps"), draw(1, 1, 4, 4, 4)
+    assert all(len(schedule.timesteps(n, 3)) == n for n in range(1, 99))
+    times, network = schedule.timesteps(11, 3), lambda z, t: torch.tanh(z)
+    assert len(set(times)) == 7 and sorted(times)[::-1] == times and times.count(570) == 3
+    *_, (_, ours, _) = schedule.denoise(network, z, 11, "pc", [torch.Generator().manual_seed(0)])
+    g, alpha, sigma = torch.Generator().manual_seed(0), schedule.alpha, schedule.sigma
+    z = z.double()
+    for t, s in zip(times, [*times[1:], -1]):
+        eps, fresh = network(z, t), torch.randn(1, 4, 4, 4, generator=g) if s >= 0 else 0
+        a, z0 = alpha[t] / alpha[s], (z - sigma[t] * eps) / alpha[t]
+        beta, score = sigma[t] ** 2 - (a * sigma[s]) ** 2, -eps / sigma[t]
+        mean = (a * sigma[s] ** 2 * z + alpha[s] * beta * z0) / sigma[t] ** 2
+        z = (z + 0.4 * sigma[t] ** 2 * score + 0.8 * sigma[t] * fresh if s == t else
+             mean + sigma[s] / sigma[t] * beta.sqrt() * fresh)
+    same(ours / z.abs().max(), z.float() / z.abs().max(), 1e-4)
+
+
 # ---- 4. guided
 
 class Toy(nn.Module):
