@@ -781,11 +781,21 @@ def plain(text):
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else "?" for c in text)     # joiners
 
 def say(*lines):
-    """Prints lines through `plain`. No error if the reader is gone (`| head -1`) or a disk full."""
-    try:
-        print(*map(plain, "\n".join(lines).split("\n")), sep="\n", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Prints lines through `plain`."""
+    print(*map(plain, "\n".join(lines).split("\n")), sep="\n", flush=True)
+
+class _Forgiving:           # a stream: once its disk is full or its reader gone, its text is lost
+    def __init__(self, stream):
+        self._stream = stream or open(os.devnull, "w")       # None: closed, `>&-`
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")             # an ASCII terminal has no "é"
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+    def write(self, text):
+        try:
+            self._stream.write(text), self._stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 def _check_inside(path, folder):       # realpath, unlike Path.resolve(), accepts a loop of links
     if folder and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
@@ -836,20 +846,12 @@ def writing(path):
 def run_main(work, memory_advice="try less at once"):
     """Calls work() -> its exit code (None = 0). An error that the user can mend becomes one line on
     stderr and code 2, Ctrl-C 130; a bug keeps its traceback."""
-    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # `>&-`
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")             # an ASCII terminal has no "é"
+    sys.stdout, sys.stderr = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)       # from here on it is caught
-        code = work() or 0
-        sys.stdout.flush()
-        return code
+        return work() or 0
     except KeyboardInterrupt:
         code, line = 130, "stopped by Ctrl-C"
-    except BrokenPipeError:                                  # as Python's signal module advises
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (ValueError, OSError, OverflowError, MemoryError, RuntimeError) as error:
         code, line = 2, f"error: {error}"
         if isinstance(error, OSError) and error.filename:
@@ -860,8 +862,7 @@ def run_main(work, memory_advice="try less at once"):
             line = f"error: out of memory; {memory_advice}"
         elif isinstance(error, RuntimeError):
             raise
-    with suppress(OSError):
-        print(plain(" ".join(line.split()))[:300], file=sys.stderr)
+    print(plain(" ".join(line.split()))[:300], file=sys.stderr)
     return code
 
 # ---- 7. Your own pictures and clips
@@ -1252,8 +1253,7 @@ def number(kind, low, high=10 ** 12, above=False):
 def picture_size(text):
     """An argparse type: '64' -> (64, 64), '64x96' -> (64, 96), height x width in pixels."""
     high, _, wide = text.lower().partition("x")
-    side = number(int, 8, 4096)
-    return side(high), side(wide or high)
+    return tuple(number(int, 8, 4096)(side) for side in (high, wide or high))
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are a ValueError, so one line."""

@@ -1744,10 +1744,12 @@ def test_a_crash_leaves_no_worker_and_a_closed_pipe_no_run(here):
     script = lambda line: subprocess.run(["sh", "-c", line], env=ALONE, capture_output=True,
                                          text=True, timeout=600)
     crashed = script(shlex.join([sys.executable, "-c", code]))
-    closed = script(shlex.join([sys.executable, f"{HERE}/train.py", *flags, "b"]) + " | head -1")
+    command = shlex.join([sys.executable, f"{HERE}/train.py", *flags])
+    closed, full = (script(f"{command} {rest}") for rest in ("b | head -1", "c 2>/dev/full"))
     assert crashed.returncode == 1 and "RuntimeError: crash" in crashed.stderr
     assert closed.stdout.startswith("t2i: ") and "Traceback" not in closed.stderr
-    assert G.load_checkpoint("b/last.safetensors")["step"] == 3
+    assert full.returncode == 0 and full.stdout.count("\n") == 3
+    assert all(G.load_checkpoint(f"{run}/last.safetensors")["step"] == 3 for run in "bc")
 
 @pytest.mark.parametrize("module,advice,flags", [(train, "--grad-accum", TINY + NET), (
     sample, "--batch-size", [RED, "--ckpt", "t2i.safetensors"])])

@@ -296,10 +296,8 @@ def preview_vae(path, vae, dataset, args):
 def preview_samples(path, net, vae, prompts, args):
     """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Returns
     the judge's count for the log. Every process draws, as a sharded model needs them all."""
-    # "dpm++" adds no fresh noise: two previews differ in the weights alone
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
-                       args.size, args.frames, sampler="dpm++", device=args.device,
-                       bf16=args.precision == "bf16")
+                       args.size, args.frames, device=args.device, bf16=args.precision == "bf16")
     notes, verdict = None, ""
     if args.data == "shapes":                              # the judge reads these alone
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
