@@ -81,8 +81,7 @@ def parser():
     add("--motion", type=listed(motion), default=[1.0], metavar="l_M",
         help="motion-free guidance of clips: 1 = none (1); more motion above it; 'off': no motion")
     add("--steps", type=listed(D.number(int, 1, 1000)), default=[25], help="of the sampler (25)")
-    # OURS: the paper names no sampler. pc's fresh noise lets later steps correct earlier ones
-    add("--sampler", choices=tuple(G.SAMPLERS), default="pc", help="(pc)")
+    add("--sampler", choices=tuple(G.SAMPLERS), help="(pc; models of a paper's preset: ddpm)")
     add("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
     add("--batch-size", type=D.number(int, 1, 4096), default=50, help="for memory alone (50)")
     add("--device", help="cpu, cuda, mps ... (the best there is)")
@@ -156,6 +155,11 @@ class Sampler:
         self.vae = G.build_vae(self.state, args.download).to(self.device)
         self.size, trained = args.size or tuple(self.state["size"]), tuple(self.state["size"])
         self.fps = args.fps or self.state["fps"]
+        # OURS: nano's defaults. The paper draws its clips with l_T = 7.5, and names no sampler. So
+        # much guidance adds up in pc's corrector steps; ddpm bears it.
+        nano = self.state["flags"].get("preset") in (None, "nano")
+        self.usual_cfg, method = (2.0, "pc") if nano else (7.5, "ddpm")
+        self.method = args.sampler or method
         self.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         multiple = self.vae.down * self.net.model.cfg.patch_size   # pixels of a token's side
         if any(side % multiple for side in self.size):
@@ -166,7 +170,7 @@ class Sampler:
         check_words(self.net.text, [args.negative])
         self.given = self.read_given() if args.init_image or args.first_frame else None
         D.say(f"{path}: {self.state['stage']}, step {self.state['step']}, "
-              f"{'EMA' if args.weights == 'ema' else 'raw'} weights; {args.sampler}, {args.steps} "
+              f"{'EMA' if args.weights == 'ema' else 'raw'} weights; {self.method}, {args.steps} "
               f"steps, cfg {self.cfg:g}, motion {shown(args.motion)}, {self.precision}")
         if self.size != trained:
             D.say(f"note: size {self.size} is untrained; positions are scaled to {trained}")
@@ -175,9 +179,8 @@ class Sampler:
 
     @property
     def cfg(self):
-        """--cfg. OURS: by default 2 for nano. The paper draws its clips with l_T = 7.5."""
-        nano = self.state["flags"].get("preset") in (None, "nano")
-        return self.args.cfg if self.args.cfg is not None else 2.0 if nano else 7.5
+        """--cfg, or the model's usual one."""
+        return self.usual_cfg if self.args.cfg is None else self.args.cfg
 
     @torch.no_grad()
     def read_given(self):
@@ -207,7 +210,7 @@ class Sampler:
                 drawn = G.generate(
                     self.net.model, self.net.text, self.vae, self.net.schedule,
                     [prompts[k] for k in part], [seeds[k] for k in part], self.size, frames,
-                    self.cfg, args.motion, args.steps, args.sampler, self.device,
+                    self.cfg, args.motion, args.steps, self.method, self.device,
                     self.precision == "bf16", args.negative, self.given, on_step)
                 for k, clip in zip(part, drawn):
                     clips[k] = np.repeat(clip, args.frames // frames, axis=0)
@@ -343,7 +346,8 @@ def bench(args):
                         ("flicker", f"{entry['flicker']:.2f}")]
             print_row([*row, ("colours", entry["colors_present"]), ("ceiling", ceilings[name]),
                        ("n", len(prompts))], titles=first)
-        facts = {x: sampler.state[x] for x in ("stage", "step", "made")} | {"cfg": sampler.cfg}
+        facts = {x: sampler.state[x] for x in ("stage", "step", "made")}
+        facts |= {"cfg": sampler.cfg, "sampler": sampler.method}
         records.append({**vars(one), **facts, "checkpoint": one.ckpt, "size": sampler.size,
                         "precision": sampler.precision, "device": str(sampler.device),
                         "torch": torch.__version__, "numpy": np.__version__, "categories": entries})

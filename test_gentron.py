@@ -1840,7 +1840,9 @@ def test_weights_sampler_steps_size_guidance_and_precision_all_matter(here):
         ["--sampler", "dpm++"], ["--negative", "red"], ["--precision", "bf16"])]
     assert len({way.tobytes() for way in ways}) == len(ways)
     assert np.array_equal(ways[0], drawn("--ema")) and abs(ways[0] - ways[-1]).mean() < 8
-    assert "fp32" in run(sample, RED, "--ckpt", "t2i.safetensors", "--device", "cpu")
+    assert "pc, 25 steps, cfg 2, motion 1, fp32" in run(sample, RED, "--ckpt", "t2i.safetensors")
+    G.save_checkpoint("big.safetensors", random_state("t2i", flags={"preset": "XL/2"}))
+    assert "ddpm, 25 steps, cfg 7.5," in run(sample, RED, "--ckpt", "big.safetensors")
 
 def test_a_negative_prompt_takes_the_place_of_the_null_text(here, monkeypatch):
     heard, read = [], G.TextEncoder.forward
@@ -1932,8 +1934,8 @@ def benched(*flags, ckpt="t2i.safetensors"):
 
 def test_the_bench_asks_fixed_prompts_that_the_model_can_read_whatever_the_batch(here):
     shape = ["--n", "6", "--category", "color", "shape"]
-    runs = [benched(*shape, *more)[0] for more in (["--category", "shape"], ["--batch-size", "3"],
-                                                   ["--seed", "1"], ["--split", "unseen"])]
+    ways = (["--category", "shape"], ["--batch-size", "3"], ["--seed", "1"], ["--split", "unseen"])
+    runs = [benched(*shape, "--cfg", "4", *more)[0] for more in ways]
     a, b, c, d = (record["categories"]["shape"] for record in runs)
     asked = lambda entry: [verdict["prompt"] for verdict in entry["verdicts"]]
     assert a == b and asked(a) == asked(c) == D.prompts("shape", 6) and a["verdicts"][0]["reasons"]
