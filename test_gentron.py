@@ -1848,8 +1848,8 @@ def test_a_negative_prompt_takes_the_place_of_the_null_text(here, monkeypatch):
     heard, read = [], G.TextEncoder.forward
     monkeypatch.setattr(G.TextEncoder, "forward",
                         lambda self, captions: heard.append(captions) or read(self, captions))
-    plain, other = drawn(), drawn("--negative", "red")
-    assert np.array_equal(plain, drawn("--negative", "")) and not near(plain, other, 3)
+    plain, other = drawn("--cfg=4"), drawn("--cfg=4", "--negative", "red")
+    assert np.array_equal(plain, drawn("--cfg=4", "--negative", "")) and not near(plain, other, 3)
     assert heard == [[RED, ""], [RED, "red"], [RED, ""]]
     one = drawn("--cfg", "1")       # with the prompt as negative, guidance has nothing to add
     assert near(one, drawn("--cfg", "6", "--negative", RED), 2)
@@ -2010,7 +2010,7 @@ def test_compare_draws_with_checkpoints_and_reads_folders_of_any_system(here):
 
 def test_the_strip_shows_the_way_to_the_picture(here, sheets):
     """Rows: z, the network's own z0, the guided z0, whose last is the picture that `draw` makes."""
-    flags = ["--steps", "5", "--ckpt", "t2i.safetensors", "--sampler", "ddim"]
+    flags = ["--steps", "5", "--ckpt", "t2i.safetensors", "--sampler", "ddim", "--cfg", "4"]
     run(sample, RED, "a blue star", *flags, "--strip")
     run(sample, RED, "a blue star", *flags, "--out", "pictures/")
     cells, labels, columns = sheets[0]
