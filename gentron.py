@@ -387,11 +387,15 @@ class NoiseSchedule:
         wanted = self.log_snr[t.long().clamp(max=self.steps - 1)] - frames.log() / 2   # (n,)
         return torch.searchsorted(-self.log_snr[:-1], -wanted).clamp(max=self.steps - 1)
 
-    def timesteps(self, n, looks=1):
-        """n <= steps timesteps from pure noise down ("trailing"): 999, 959, ... 39 for n = 25. With
-        looks = 3 fewer, those of the middle three times: 999, 922, 845, 768, 768, 768, 691 ..."""
+    def timesteps(self, n, sampler="ddim"):
+        """n <= steps timesteps from pure noise down ("trailing"): 999, 959, ... 39 for n = 25. pc:
+        fewer, those of the middle three times: 999, 922, 845, 768, 768, 768, 691 ... ValueError if
+        there is no such sampler."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
         if not 1 <= n <= self.steps:
             raise ValueError(f"{n} sampling steps; there must be from 1 to {self.steps}")
+        _, _, looks = SAMPLERS[sampler]
         middle = n // (looks + 1)                          # so many levels are looked at again
         levels = n - (looks - 1) * middle
         first = (levels - middle) // 2
@@ -403,12 +407,10 @@ class NoiseSchedule:
         """Walks from noise z (B, ...) to clean latents; yields (t, z, z0) after a step: timestep,
         latents, estimate of the clean ones. predict(z, t) -> the network's output. generators:
         one an item, for fresh noise. skip: leave out so many first steps. known(z, t) -> z with
-        what is given put in, at the noise of step t (-1: none). ValueError: unknown sampler."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
-        eta, order, looks = SAMPLERS[sampler]
+        what is given put in, at the noise of step t (-1: none). ValueError as in `timesteps`."""
+        times = self.timesteps(steps, sampler)[skip:] + [-1]               # -1: no noise left
+        eta, order, _ = SAMPLERS[sampler]
         known = known or (lambda z, t: z)
-        times = self.timesteps(steps, looks)[skip:] + [-1]                 # -1: no noise left
         lam, before = self.log_snr, None                   # before: (z0, t) of the last step
         for t, s in zip(times, times[1:]):                 # from t to the less noisy s; or s = t
             alpha_t, alpha_s = self.alpha[[t, s]].tolist()
@@ -680,7 +682,7 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
         if given.first_frame:                              # without noise, as in `training_loss`
             known = lambda z, t: torch.cat([image.expand_as(z[:, :1]), z[:, 1:]], dim=1)
         else:        # SDEdit (Meng et al. 2021): begin some steps later, with the noised picture
-            times = schedule.timesteps(steps, SAMPLERS[sampler][-1])
+            times = schedule.timesteps(steps, sampler)
             skip = sum(t >= given.strength * schedule.steps for t in times)
             z = at((times + [-1])[skip]) if skip else noise
             if mask is not None:                           # inpainting: z0 is known where mask is 0

@@ -102,8 +102,8 @@ def test_exercise_3_ddpm_keeps_the_right_amount_of_noise():
 def test_exercise_3_the_corrector_takes_langevin_steps_at_the_middle_levels():
     # pc, in float64: DDPM's posterior (its equation 7), and steps of 0.4 sigma^2 along the score
     schedule, z = G.NoiseSchedule("linear", "eps"), draw(1, 1, 4, 4, 4)
-    assert all(len(schedule.timesteps(n, 3)) == n for n in range(1, 99))
-    times, network = schedule.timesteps(11, 3), lambda z, t: torch.tanh(z)
+    assert all(len(schedule.timesteps(n, "pc")) == n for n in range(1, 99))
+    times, network = schedule.timesteps(11, "pc"), lambda z, t: torch.tanh(z)
     assert len(set(times)) == 7 and sorted(times)[::-1] == times and times.count(570) == 3
     *_, (_, ours, _) = schedule.denoise(network, z, 11, "pc", [torch.Generator().manual_seed(0)])
     g, alpha, sigma = torch.Generator().manual_seed(0), schedule.alpha, schedule.sigma
