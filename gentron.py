@@ -425,11 +425,11 @@ class NoiseSchedule:
                 slope = (z0 - before[0]) / (lam[t] - lam[before[1]]).item()
                 towards = z0 + slope * (lam[s] - lam[t]).item() / 2
                 eps = eps - alpha_t / sigma_t * (towards - z0)             # keeps z
-            # How much of sigma_s is fresh noise: the standard deviation of q(z_s | z_t, z0), by eta
+            # How much of sigma_s is fresh noise. From t to s: the standard deviation of
+            # q(z_s | z_t, z0), by eta. A corrector step stays at t: 0.8 is fresh, 0.6 is kept.
             forward = sigma_t ** 2 - (alpha_t / alpha_s * sigma_s) ** 2    # added from s to t
-            fresh = eta * sigma_s / sigma_t * math.sqrt(max(0.0, forward))
-            if s == t:                   # a corrector step: 0.8 of the noise is new, 0.6 is kept
-                fresh = 0.8 * sigma_t
+            fresh = (0.8 * sigma_t if s == t else
+                     eta * sigma_s / sigma_t * math.sqrt(max(0.0, forward)))
             z = alpha_s * towards + math.sqrt(sigma_s ** 2 - fresh ** 2) * eps  # exercise 3
             if fresh:                    # on the CPU, item by item: an item depends on its own seed
                 z = z + fresh * torch.stack([torch.randn(z.shape[1:], generator=g)
