@@ -10,8 +10,8 @@ CVPR 2024, arXiv:2312.04557. If you know DiT (Peebles & Xie 2023), then GenTron 
 
     x (B, F N, D)                                     c = time + pooled text (B, D)
     +--> LN, scale, shift -> self-attention  -> gate --(+)  N tokens of a frame    <- c
-    +--> LN               -> cross-attention ----------(+)  image asks, text answers
-    +--> LN               -> temporal attention -------(+)  F moments of a token   <- motion
+    +--> LN               -> cross-attention ----------(+)  queries: image, keys: text
+    +--> LN               -> temporal attention -------(+)  one place, F frames    <- motion
     +--> LN, scale, shift -> MLP             -> gate --(+)  each token by itself   <- c
 
 Shapes: B batch, F frames, C channels, H W latent height and width, N tokens a frame, L text tokens,
@@ -139,8 +139,8 @@ class Attention(nn.Module):
     words     attention(x, mask=..., pos=...)    in the small text encoder"""
     def __init__(self, width, heads, kv_dim=None, qk_norm=False, turned=0.5):
         super().__init__()
-        # The share of channels that `turn` rotates. Frames: half, and the rest of v passes between
-        # frames as it is. Words: all, or their order is learned late.
+        # The share of channels that `turn` rotates. Frames: half, so half of v stays as it is.
+        # Words: all; with half, their order is learned late.
         self.heads, self.planes = heads, int(turned * (width // heads) / 2)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(kv_dim or width, 2 * width)    # keys and values in one product
@@ -167,10 +167,10 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask)                                      # (B, h, T, D/h)
         else:
             # Rotating q and k makes q . k depend on the distance of two frames (or words).
-            # OURS: v is rotated, too, and the result is rotated back. This tells a frame how far
-            # away another one is: all that tells frames of pure noise apart.
-            turned = lambda x: turn(x, pos, self.planes)
-            y = turn(attend(turned(q), turned(k), turned(v), mask), -pos, self.planes)
+            # OURS: v is rotated, too, and the result is rotated back. Weights sum to 1, so if all v
+            # are alike, as those of pure noise nearly are, q and k alone could tell nothing apart.
+            q, k, rotated = (turn(y, pos, self.planes) for y in (q, k, v))
+            y = turn(attend(q, k, rotated, mask), -pos, self.planes)
         if motion is not None:
             # Motion-free = the identity mask of paper 3.4: each frame sees only itself. A softmax
             # over one key is 1, so the result is v itself. No mask tensor is needed.
@@ -208,11 +208,11 @@ class Block(nn.Module):
 
     def across_frames(self, x, frames, pos, motion):
         """TempSelfAttn (paper 3.4): attention among the F moments of each token, x (B, F N, D)."""
-        B, FN, D = x.shape
-        y = x.view(B, frames, FN // frames, D).transpose(1, 2).flatten(0, 1)           # (B N) F D
-        motion = None if motion is None else motion.repeat_interleave(FN // frames)    # (B N,)
-        y = self.temporal(y, pos=pos, motion=motion)                                   # (B N) F D
-        return y.view(B, FN // frames, frames, D).transpose(1, 2).reshape(B, FN, D)
+        y = x.unflatten(1, (frames, -1)).transpose(1, 2)                   # (B, N, F, D)
+        N = y.shape[1]
+        motion = None if motion is None else motion.repeat_interleave(N)   # (B N,)
+        y = self.temporal(y.flatten(0, 1), pos=pos, motion=motion)         # (B N, F, D)
+        return y.unflatten(0, (-1, N)).transpose(1, 2).flatten(1, 2)       # (B, F N, D)
 
 @dataclass
 class Text:
@@ -240,8 +240,8 @@ class GenTron(nn.Module):
 
     def initialize(self):
         """All initialisation, in one place, called last. Every block starts as the identity, and
-        the network answers 0 (the mean of eps, v and flow): training starts at a loss near 1."""
-        # As in DiT: matrices Xavier uniform, biases zero, what makes c (time, text) normal(0.02)
+        the network answers 0, the mean of eps, v and flow: the first loss is near 1 (flow: 2)."""
+        # As in DiT: matrices Xavier uniform, biases zero, the layers that make c normal(0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -304,8 +304,8 @@ SAMPLERS = {
     "ddim":  (0.0, 1, 1),                # Song et al. 2021a; with flow it is Euler's method
     "ddpm":  (1.0, 1, 1),                # Ho et al. 2020
     "dpm++": (0.0, 2, 1),                # Lu et al. 2022, DPM-Solver++(2M)
-    # OURS: predictor-corrector (Song et al. 2021b): new noise and another look, where it is decided
-    # how many objects there are. An object that was begun twice then often goes again.
+    # OURS: predictor-corrector (Song et al. 2021b). The middle levels decide how many objects there
+    # are. There noise is renewed, twice, and the network looks again: doubled objects often vanish.
     "pc":    (1.0, 1, 3),
 }
 
@@ -314,7 +314,7 @@ class NoiseSchedule:
     kind         alpha, sigma                         objective: what the network predicts
     "linear"     DDPM's betas                         "eps" = noise (the paper), or "v"
     "cosine"     cos, sin of t                        "v" = alpha noise - sigma z_0
-    "straight"   1 - sigma, sigma = t / steps         "flow" = noise - z_0 (Liu et al. 2022)
+    "straight"   1 - sigma, sigma = (t + 1) / steps   "flow" = noise - z_0 (Liu et al. 2022)
     All but straight keep alpha^2 + sigma^2 = 1. shift lowers log(alpha / sigma) at every t
     (Hoogeboom et al. 2023). ValueError for a combination that cannot work."""
     def __init__(self, kind="linear", objective="eps", shift=0.0, steps=1000):
@@ -341,7 +341,7 @@ class NoiseSchedule:
         # One more entry at the end, so that t = -1 reads "no noise left": alpha 1, sigma 0
         self.alpha = torch.cat([alpha, torch.ones(1, dtype=torch.float64)])
         self.sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
-        self.log_snr = self.alpha.log() - self.sigma.log()                 # falls with t
+        self.half_log_snr = self.alpha.log() - self.sigma.log()                 # falls with t
 
     def at(self, t, like):
         """alpha_t and sigma_t of t (B,), shaped to multiply `like` (B, ...)."""
@@ -381,24 +381,24 @@ class NoiseSchedule:
             return torch.randint(self.steps, (n,), generator=generator)
         # OURS: a logit-normal (Esser et al. 2024) of spread 1.5, not 1: high noise decides places
         t = torch.sigmoid(1.5 * torch.randn(n, generator=generator)) * self.steps
-        # OURS: F frames show one scene F times. Their average holds sqrt(F) times less noise, so a
-        # clip is hidden as well as a picture only at a log(alpha / sigma) lower by log(F) / 2.
+        # OURS: F frames show nearly one scene. Their average has sqrt(F) times less noise, so a
+        # clip is easier to read than a picture, and its log(alpha / sigma) falls by log(F) / 2.
         frames = torch.as_tensor(frames, dtype=torch.float64)
-        wanted = self.log_snr[t.long().clamp(max=self.steps - 1)] - frames.log() / 2   # (n,)
-        return torch.searchsorted(-self.log_snr[:-1], -wanted).clamp(max=self.steps - 1)
+        wanted = self.half_log_snr[t.long().clamp(max=self.steps - 1)] - frames.log() / 2   # (n,)
+        return torch.searchsorted(-self.half_log_snr[:-1], -wanted).clamp(max=self.steps - 1)
 
     def timesteps(self, n, sampler="ddim"):
         """n <= steps timesteps from pure noise down ("trailing"): 999, 959, ... 39 for n = 25. pc:
-        fewer, those of the middle three times: 999, 922, 845, 768, 768, 768, 691 ... ValueError if
-        there is no such sampler."""
+        13 levels, the 6 in the middle three times each: 999, 922, 845, 768, 768, 768, 691 ...
+        ValueError if there is no such sampler."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
         if not 1 <= n <= self.steps:
             raise ValueError(f"{n} sampling steps; there must be from 1 to {self.steps}")
-        _, _, looks = SAMPLERS[sampler]
+        looks = SAMPLERS[sampler][2]
         middle = n // (looks + 1)                          # so many levels are looked at again
         levels = n - (looks - 1) * middle
-        first = (levels - middle) // 2
+        first = max(1, (levels - middle) // 2)             # not pure noise: alpha may be 0
         again = range(first, first + middle)
         return [round(self.steps - k * self.steps / levels) - 1 for k in range(levels)
                 for _ in range(looks if k in again else 1)]
@@ -406,12 +406,12 @@ class NoiseSchedule:
     def denoise(self, predict, z, steps=25, sampler="pc", generators=None, skip=0, known=None):
         """Walks from noise z (B, ...) to clean latents; yields (t, z, z0) after a step: timestep,
         latents, estimate of the clean ones. predict(z, t) -> the network's output. generators:
-        one an item, for fresh noise. skip: leave out so many first steps. known(z, t) -> z with
-        what is given put in, at the noise of step t (-1: none). ValueError as in `timesteps`."""
+        one an item, for fresh noise. skip: leave out so many first steps. known(z, t) -> z
+        with its given part replaced, noised to step t (-1: clean). ValueError as in `timesteps`."""
         times = self.timesteps(steps, sampler)[skip:] + [-1]               # -1: no noise left
         eta, order, _ = SAMPLERS[sampler]
         known = known or (lambda z, t: z)
-        lam, before = self.log_snr, None                   # before: (z0, t) of the last step
+        lam, before = self.half_log_snr, None                   # before: (z0, t) of the last step
         for t, s in zip(times, times[1:]):                 # from t to the less noisy s; or s = t
             alpha_t, alpha_s = self.alpha[[t, s]].tolist()
             sigma_t, sigma_s = self.sigma[[t, s]].tolist()
@@ -424,10 +424,10 @@ class NoiseSchedule:
                 # z0 extrapolated to the middle of this step, along lambda = log(alpha / sigma)
                 slope = (z0 - before[0]) / (lam[t] - lam[before[1]]).item()
                 towards = z0 + slope * (lam[s] - lam[t]).item() / 2
-                eps = eps - alpha_t / sigma_t * (towards - z0)             # keeps z
-            # How much of sigma_s is fresh noise. From t to s: the standard deviation of
-            # q(z_s | z_t, z0), by eta. A corrector step stays at t: 0.8 is fresh, 0.6 is kept.
-            forward = sigma_t ** 2 - (alpha_t / alpha_s * sigma_s) ** 2    # added from s to t
+                eps = eps - alpha_t / sigma_t * (towards - z0)             # z stays
+            # fresh: the new noise's standard deviation, eta times that of q(z_s | z_t, z0). A
+            # corrector step (s = t) replaces noise: 0.8 new and 0.6 old, as 0.8^2 + 0.6^2 = 1.
+            forward = sigma_t ** 2 - (alpha_t / alpha_s * sigma_s) ** 2    # variance, s to t
             fresh = (0.8 * sigma_t if s == t else
                      eta * sigma_s / sigma_t * math.sqrt(max(0.0, forward)))
             z = alpha_s * towards + math.sqrt(sigma_s ** 2 - fresh ** 2) * eps  # exercise 3
@@ -494,14 +494,13 @@ def guided(model, text, cfg=2.0, motion_scale=1.0, bf16=False):  # exercise 4
     branches = [(cfg, prompts, on), (scale - cfg, null, on), (1 - scale, null, False)]
     weights, rows, motion = zip(*(branch for branch in branches if branch[0] != 0))
     n, weights = len(weights), torch.tensor(weights, dtype=torch.float32, device=device)   # (n,)
-    rows = torch.tensor(rows, device=device).flatten()                     # (n B,)
+    rows = torch.tensor(rows).flatten()                                    # (n B,)
     motion = torch.tensor(motion, device=device).repeat_interleave(B)      # (n B,)
+    text = Text(tuple(x[rows] for x in text.tokens), tuple(m[rows] for m in text.mask),
+                text.pooled[rows])
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with autocast():
-        kvs, masks, pooled = model.prepare(text)           # keys and values: once a prompt
-    pick = lambda x: x[rows] if isinstance(x, torch.Tensor) else x         # None, 0: no text
-    prepared = ([kv and (pick(kv[0]), pick(kv[1])) for kv in kvs], [pick(m) for m in masks],
-                pick(pooled))
+        prepared = model.prepare(text)                     # keys and values: once, not each step
 
     def predict(z, t):
         with autocast():                                   # all branches in one batch
@@ -527,7 +526,7 @@ class WordEncoder(nn.Module):
         super().__init__()
         self.vocabulary, self.dim, self.split = vocabulary, dim, split
         self.index = {word: k + 3 for k, word in enumerate(vocabulary)}
-        self.words = nn.Embedding(len(vocabulary) + 3, dim)    # (weight[ids] has random gradients)
+        self.words = nn.Embedding(len(vocabulary) + 3, dim)    # (weight[ids]: random gradients)
         self.attn = nn.ModuleList(Attention(dim, heads, turned=turned) for _ in range(depth))
         mlp = lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.mlp = nn.ModuleList(mlp() for _ in range(depth))
@@ -567,8 +566,8 @@ class TextEncoder(nn.Module):
         if "none" in parts or "" in parts or ("labels" in parts and len(parts) > 1):
             raise ValueError(f"text '{spec:.60}': none and labels stand alone, others join by +")
         # labels: the whole caption is one word, and with adaLN the model is DiT
-        whole = lambda caption: [caption] if caption else []
-        small = {"small": dict(turned=turned), "labels": dict(depth=0, split=whole)}
+        one_word = lambda caption: [caption] if caption else []
+        small = {"small": dict(turned=turned), "labels": dict(depth=0, split=one_word)}
         self.encoders = nn.ModuleList(
             WordEncoder(self.vocabulary, dim, **small[part]) if part in small
             else FrozenEncoder(part, download) for part in parts)
@@ -600,8 +599,8 @@ class ResBlock(nn.Module):
 
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, C, H/8, W/8).
-    channels: C. kl: weight of the KL term. mean and std are measured at each save: sampled
-    latents have mean 0 and standard deviation 1 a channel (in place of SD's 0.18215)."""
+    channels: C. kl: weight of the KL term. mean and std are measured at each save: what `encode`
+    returns has mean 0 and deviation 1 per channel (in place of SD's 0.18215)."""
     down = 8                             # pixels a latent, along each axis
 
     def __init__(self, channels=16, kl=5e-4):
@@ -623,7 +622,7 @@ class VAE(nn.Module):
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def forward(self, x, noise):
-        """The training loss of each item, (B,): x (B, F, 3, H, W), noise as `posterior`'s mean."""
+        """The training loss of each item, (B,): x (B, F, 3, H, W), noise (B, F, C, H/8, W/8)."""
         mean, logvar = self.posterior(x)                                   # (B, F, C, H/8, W/8)
         z = mean + noise * (0.5 * logvar).exp()                            # a draw, differentiable
         y = self.decoder(z.flatten(0, 1)).unflatten(0, x.shape[:2])        # (B, F, 3, H, W)
@@ -660,9 +659,9 @@ def to_uint8(x):
 @dataclass
 class Given:
     """What a new picture or clip starts from, in place of pure noise; one for all B items."""
-    image: torch.Tensor                  # clean latents (1, 1, C, h, w) of a picture
+    image: torch.Tensor                  # clean latents (1, 1, C, H, W) of a picture
     strength: float = 1.0                # 0: the picture as it is .. 1: nothing of it is left
-    mask: torch.Tensor = None            # (h, w), 1 = draw anew, 0 = keep the picture; None = all 1
+    mask: torch.Tensor = None            # (H, W), 1 = draw anew, 0 = keep the picture; None = all 1
     first_frame: bool = False            # the picture is a clip's first frame, and stays
 
 @torch.no_grad()
@@ -678,7 +677,7 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
     z, skip, known = noise, 0, None
     if given is not None:
         image, mask = given.image.to(noise), given.mask
-        at = lambda t: schedule.alpha[t].item() * image + schedule.sigma[t].item() * noise
+        at = lambda t: schedule.q_sample(image, torch.tensor([t]), noise)
         if given.first_frame:                              # without noise, as in `training_loss`
             known = lambda z, t: torch.cat([image.expand_as(z[:, :1]), z[:, 1:]], dim=1)
         else:        # SDEdit (Meng et al. 2021): begin some steps later, with the noised picture

@@ -155,8 +155,8 @@ class Sampler:
         self.vae = G.build_vae(self.state, args.download).to(self.device)
         self.size, trained = args.size or tuple(self.state["size"]), tuple(self.state["size"])
         self.fps = args.fps or self.state["fps"]
-        # OURS: nano's defaults. The paper draws its clips with l_T = 7.5, and names no sampler. So
-        # much guidance adds up in pc's corrector steps; ddpm bears it.
+        # OURS: small models' defaults. The paper draws its clips with l_T = 7.5, and names no
+        # sampler. At 7.5, pc's repeated steps add the guidance up, so ddpm is used.
         nano = self.state["flags"].get("preset") in (None, "nano")
         self.usual_cfg, method = (2.0, "pc") if nano else (7.5, "ddpm")
         self.method = args.sampler or method
@@ -194,6 +194,11 @@ class Sampler:
             white = torch.as_tensor(gray > 127.5, dtype=torch.float32)[None]
             mask = fn.max_pool2d(white, self.vae.down)[0].to(self.device)  # (h, w)
         strength = (1.0 if args.mask else 0.6) if args.strength is None else args.strength
+        schedule = self.net.schedule
+        last = schedule.timesteps(args.steps, self.method)[-1]
+        if (args.strip or args.attention) and last >= strength * schedule.steps:
+            raise ValueError(f"--strip and --attention show the steps; with --strength {strength} "
+                             f"and --steps {args.steps} there is none")
         return G.Given(self.vae.encode(x), strength, mask, bool(args.first_frame))
 
     def __call__(self, prompts, seeds, what="sampling", on_step=None):
@@ -376,7 +381,7 @@ def strip(sampler, prompts, seeds, moments=12):
 
         def on_step(t, _, guided):
             z, out = heard.pop()
-            z0, _ = schedule.z0_and_eps(out, z, schedule.alpha[t].item(), schedule.sigma[t].item())
+            z0, _ = schedule.z0_and_eps(out, z, *schedule.at(torch.tensor([t]), z))
             steps.append((t, z, z0, guided))                # latents: (1, 1, C, h, w)
         # The batch holds guidance's branches; row 0 reads the prompt (see `G.guided`)
         hook = sampler.net.model.register_forward_hook(
@@ -390,11 +395,11 @@ def strip(sampler, prompts, seeds, moments=12):
     return D.contact_sheet(cells, labels, len(keep), cell=96)
 
 def attend(cross, x, k, mask):
-    """Attention's weights: x (B, N, D), k (B, h, L, D/h), mask bool (B, L) -> (B, N, L), mean over
-    heads. They sum to 1 over the L words."""
+    """Attention's weights: x (B, N, width), k (B, heads, L, d), mask bool (B, L) -> (B, N, L), mean
+    over heads. They sum to 1 over the L words."""
     # Computed again here, as fused attention never holds them in memory
-    q = cross.q_norm(cross.split(cross.q(x)))                              # (B, h, N, D/h)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])              # (B, h, N, L)
+    q = cross.q_norm(cross.split(cross.q(x)))                              # (B, heads, N, d)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])              # (B, heads, N, L)
     return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(-1).mean(1)
 
 def attention_maps(sampler, prompt, seed):
@@ -407,7 +412,7 @@ def attention_maps(sampler, prompt, seed):
     heard = []                                              # (N, L), step by step, block by block
     # The inputs are x, (k, v), mask. The batch holds guidance's branches; row 0 reads the prompt
     listen = lambda cross, inputs, _: heard.append(
-        attend(cross, inputs[0], inputs[1][0], inputs[2])[0].float())
+        attend(cross, inputs[0][:1], inputs[1][0][:1], inputs[2][:1])[0].float())
     reading = model.blocks[::len(encoder.encoders)]         # block k reads encoder k mod K
     hooks = [block.cross.register_forward_hook(listen) for block in reading]
     picture = sampler([prompt], [seed])[0]
@@ -565,9 +570,7 @@ def work(args):
             ((args.mask or args.strength is not None) and not args.init_image,
              "--mask and --strength need --init-image FILE"),
             ((inside or args.init_image) and args.frames > 1, "pictures only; leave out --frames"),
-            (inside and 0 in args.cfg, "--strip and --attention follow the words; try --cfg 4"),
-            (inside and args.strength is not None and args.strength * args.steps[0] <= 0.5,
-             "--strip and --attention show the steps; at this --strength there is none")):
+            (inside and 0 in args.cfg, "--strip and --attention follow the words; try --cfg 4")):
         if wrong:
             raise ValueError(message)
     # The null text has the weights l_M - l_T and, for clips, 1 - l_M (see `G.guided`)

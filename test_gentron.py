@@ -590,7 +590,9 @@ def test_schedules_are_what_they_say():
         alpha, sigma = schedule.alpha, schedule.sigma
         one = alpha + sigma if kind == "straight" else alpha ** 2 + sigma ** 2
         assert (one - 1).abs().max() < 1e-12 and (alpha[-1], sigma[-1]) == (1, 0)
-        assert (schedule.log_snr[:999] - plain.log_snr[:999] + shift).abs().max() < 1e-9
+        walks = [schedule.timesteps(n, "pc") for n in range(1, 60)]     # pure noise is seen once
+        assert all(len(w) == n and w.count(999) == 1 for n, w in enumerate(walks, 1))
+        assert (schedule.half_log_snr[:999] - plain.half_log_snr[:999] + shift).abs().max() < 1e-9
         for i, step in enumerate(t.tolist()):
             a, s, z = alpha[step].item(), sigma[step].item(), schedule.q_sample(z0, t, eps)[i]
             wanted = {"eps": eps, "v": a * eps - s * z0, "flow": eps - z0}[objective][i]
@@ -622,11 +624,11 @@ def test_training_timesteps_and_more_noise_for_more_frames(kind, objective, shif
         assert (one.float().mean() - 499.5).abs() < 6.2
         return
     logit, inside = torch.logit((one + 0.5).double() / 1000), (eight > 0) & (eight < 999)
-    wanted = schedule.log_snr[one] - math.log(8) / 2
+    wanted = (level := schedule.half_log_snr)[one] - math.log(8) / 2
     assert logit.mean().abs() < 0.03 and (logit.std() - 1.5).abs() < 0.05
     # The table has 1000 entries: the first one that is at least as noisy as wanted
-    assert (schedule.log_snr[eight] <= wanted + 1e-9)[inside].all() and inside.float().mean() > 0.9
-    assert (schedule.log_snr[eight - 1] > wanted - 1e-9)[inside].all() and (eight >= one).all()
+    assert (level[eight] <= wanted + 1e-9)[inside].all() and inside.float().mean() > 0.9
+    assert (level[eight - 1] > wanted - 1e-9)[inside].all() and (eight >= one).all()
     mixed = draw(torch.tensor([1, 8]).repeat(n // 2))       # a number for each item
     assert torch.equal(mixed, torch.where(torch.arange(n) % 2 == 0, one, eight))
 
@@ -1805,12 +1807,10 @@ def test_seed_and_prompt_decide_a_picture_and_its_neighbours_do_not(here):
     run(sample, RED, "--seed", "1", *flags[2:], "--out", "one/")
     many, few, one = ([np.asarray(Image.open(path), int) for path in sorted(Path(d).glob("*.png"))]
                       for d in ("many", "few", "one"))
-    assert len(many) == 6 and many[0].shape == (32, 32, 3)
     assert near(many[0], few[0]) and near(many[1], few[1]) and near(many[1], one[0])
-    assert not near(many[0], many[1], 5) and not near(many[0], many[4], 5)
+    assert not near(many[0], many[1], 5) and not near(many[0], many[4], 5) and many[0].size == 3072
     assert D.Folder("many").captions == [RED] * 2 + ["a blue star"] * 2 + [RED] * 2
-    rows = [json.loads(row) for row in Path("many/captions.jsonl").read_text().splitlines()]
-    assert rows[2] == {"file": "00002.png", "caption": "a blue star"}
+    assert '"00002.png"' in Path("many/captions.jsonl").read_text().splitlines()[2]
 
 @pytest.mark.parametrize("sampler", G.SAMPLERS)
 def test_a_clip_is_its_own_and_a_pictures_caption_is_a_still(here, sampler):
@@ -2074,14 +2074,14 @@ sample R --raw | raw || sample R --cfg 1,2 | --bench || sample R --ckpt newer.sa
 sample --bench --json /proc/x/a.json | /proc/x   || sample --bench --json a.png | a.png
 sample R --strip --out out.gif | .png            || sample R --attention --cfg 0 | --cfg
 sample R --strip --attention | not allowed       || sample R --device abacus | abacus
-sample --compare a | 2                           || sample --compare few vae.safetensors | few
-sample --compare empty empty | empty             || sample --compare few other | few other
-sample --compare gone.safetensors x | gone.s     || sample R --mask m.png | --init-image
+sample --compare empty empty | empty             || sample --compare few vae.safetensors | few
+sample --compare gone.safetensors x | gone.s     || sample --compare few other | few other
+sample R --strip --init-image m.png --steps 1 | --steps || sample R --mask m.png | --init-image
 sample R --strength 0.5 | --init-image           || sample R --init-image gone.png | gone.png
 sample R --init-image broken.txt | broken.txt    || sample R --init-image m.png --mask few | few
 sample R --first-frame m.png | --frames          || sample R --negative 'a rde' | rde
 sample R --init-image m.png --frames 2 --ckpt t2v.safetensors | --frames
-sample --bench --first-frame m.png --frames 2 | --first-frame
+sample --bench --first-frame m.png --frames 2 | --first-frame || sample --compare a | 2
 sample --prompts many.txt --per-prompt 10000 | million || sample --benc R | --benc
 sample LONG | characters                         || sample R --ckpt nan.safetensors | finite
 train --siz 64 | --siz || sample R --out out.tiff | .tiff || sample --bench R | prompts

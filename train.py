@@ -52,8 +52,8 @@ import data as D
 import gentron as G
 
 # ---- 1. Flags and their defaults -----------------------------------------------------------------
-# The defaults that depend on what is trained; "paper": with a preset of its sizes. From the paper:
-# eps, lr 1e-4, constant, 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest.
+# The defaults that depend on what is trained; "paper": any preset but nano. From the paper: eps,
+# lr 1e-4, constant, 500,000 t2i steps, 128 clips of 8 frames at 4 a second. OURS: the rest.
 # nano learns a small world, so it has a high rate and a short EMA; qk_norm saves it steps.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
@@ -310,14 +310,14 @@ def preview_samples(path, net, vae, prompts, args):
 # ---- 5. The loop ---------------------------------------------------------------------------------
 def train(args):
     """Sets one stage up, goes on with the run in the folder if there is one, and trains."""
-    args, run, stop = setup(args)                          # from here on args only is read
+    args, run, stop = setup(args)                          # nothing below changes args
     out, in_a_row, saved, why = Path(args.out), 0, run.first > 0, ""
     if run.first >= args.steps:
         return say(f"done: {out} has its {run.first} steps. To go on: --steps {2 * run.first}")
     log = Log(out / "log.csv", run.first)
     with tqdm(total=args.steps, initial=run.first, disable=rank() > 0, dynamic_ncols=True) as bar:
+        tick = time.monotonic()
         for step, inputs in zip(range(run.first, args.steps), run.batches):
-            tick = time.monotonic()
             losses, norm = training_step(run, inputs, step, args)
             done, speed = step + 1, args.batch_size / (time.monotonic() - tick)
             # ---- from here on we only watch, and save
@@ -344,6 +344,7 @@ def train(args):
                     say(line)
             if why and not in_a_row or in_a_row == 10:     # ten in a row: training has failed
                 break
+            tick = time.monotonic()                        # a step's time: its data's and its own
     log.save()
     if in_a_row:
         raise ValueError(f"no finite gradient in {in_a_row} steps, up to step {done}; they are not "

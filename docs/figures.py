@@ -87,7 +87,7 @@ def schedules(shift=0.0):
     part = lambda name: {label: (getattr(schedule, name)[:-1].tolist(), color)
                          for label, (schedule, color) in curves.items()}
     plot(canvas, 40, 35, part("alpha"), "alpha: how much of the picture is left", 0, 1, step=0.25)
-    plot(canvas, 440, 35, part("log_snr"), "log(alpha / sigma)", -6, 6, step=3)
+    plot(canvas, 440, 35, part("half_log_snr"), "log(alpha / sigma)", -6, 6, step=3)
     canvas.text(165, 225, "timestep t", GRAY, 11, "ma")
     canvas.text(565, 225, "timestep t", GRAY, 11, "ma")
     return canvas.image
