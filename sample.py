@@ -4,7 +4,7 @@ sample.py: prompt in, picture or clip out. It also grades, compares, and looks i
     python sample.py "a red circle left of a blue square" "a green star"     # -> out.png
     python sample.py "a red circle moving left" --frames 8 --out out.gif     # a video model's clip
     python sample.py --prompts prompts.txt --per-prompt 4 --out samples/     # one file a picture
-    python sample.py "a large ring" --negative "purple"                      # what not to draw
+    python sample.py "a red ring and a blue star" --negative "a red ring above a blue star"
     python sample.py "a green star" --init-image a.png --mask half.png       # draw a part anew
     python sample.py "a red circle moving left" --first-frame a.png --frames 8 --out out.gif
     python sample.py "a red circle and a blue ring" --strip                  # how it came about

@@ -6,7 +6,7 @@ edits.py: how well do --first-frame, --mask and --negative work? Measured on the
 first frame: the world draws frame 0 of a `motion` prompt; the model draws the other seven.
 mask: the world draws "... left of ..." (of pictures with nothing across the middle); the right half
 is drawn anew, with a green star in it.
-negative: "a large ring" without a colour, then with the commonest colour as --negative.
+negative: "a red circle and a blue square"; then "a red circle left of a blue square" as --negative.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def encode(sampler, picture):
 def row(what, right):
     """Prints a share with its interval."""
     low, high = sample.wilson(sum(right), len(right))
-    D.say(f"{what:52}{np.mean(right):6.0%}  ({low:.0%} .. {high:.0%}), n = {len(right)}")
+    D.say(f"{what:64}{np.mean(right):6.0%}  ({low:.0%} .. {high:.0%}), n = {len(right)}")
 
 
 def first_frames(sampler, n):
@@ -84,15 +84,15 @@ def masks(sampler, n):
 
 
 def negatives(sampler, n):
-    """How often is the commonest colour seen, before and after it is the negative prompt?"""
-    def colors(negative):                                  # n sets of colours
-        return [{seen.color for seen in D.read_frame(draw(
-            sampler, ["a large ring"], [k], negative=negative)[0, 0])}
-            for k in tqdm(range(n), leave=False)]
-    before = colors("")
-    most = max(D.COLORS, key=lambda color: sum(color in seen for seen in before))
-    row(f'"a large ring": {most}', [most in seen for seen in before])
-    row(f'"a large ring", negative "{most}": {most}', [most in seen for seen in colors(most)])
+    """Without a relation the circle may be anywhere. Where is it, if one side is the negative?"""
+    prompt, names = "a red circle and a blue square", ("left of", "right of")
+    sides = [f"a red circle {name} a blue square" for name in names]
+    for negative in ("", sides[0]):
+        clips = [draw(sampler, [prompt], [k], negative=negative)[0]
+                 for k in tqdm(range(n), leave=False)]
+        what = f"negative: {negative or 'none'}"
+        for name, said in (("as the prompt says", prompt), *zip(names, sides)):
+            row(f"{what}: {name}", [bool(D.judge(clip, said)) for clip in clips])
 
 
 def work(argv):
