@@ -499,9 +499,10 @@ def open_data(args):
     for joint training (or None), the previews' captions. Sets --text to what the data offer."""
     shapes, stage, more = args.data == "shapes", args.stage, WIDER[args.world]
     n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
-    level = "single" if args.text == "labels" else args.world      # a label names one object
-    if stage == "vae" and args.world == "full":
-        level = ("full", "touching")    # every second picture: things that touch blur most easily
+    still = args.world                  # what a picture shows; things that touch are the hardest:
+    if still == "full":                 # every second picture (vae), every fourth (t2i, t2v)
+        still = ("full",) * (1 if stage == "vae" else 3) + ("touching",)
+    level = "single" if args.text == "labels" else args.world if args.frames > 1 else still
     held = pictures = None
     dataset = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
     if cache_of(dataset) and stage in ("vae", "encode"):
@@ -524,7 +525,7 @@ def open_data(args):
         if source is None:
             raise ValueError("no pictures to train on; give --image-data, or --p-motion-free 0")
         n = more * DRAWN["t2i"]
-        pictures = D.open_data(source, args.size, 1, args.fps, args.world, n, args.seed)
+        pictures = D.open_data(source, args.size, 1, args.fps, still, n, args.seed)
     return dataset, held or None, pictures, prompts
 
 def build(args, data, last, init, typed):
