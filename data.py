@@ -122,7 +122,7 @@ def is_picture(caption):
         return not any(thing.motion for thing in parse(caption).things)
     return False
 
-# ---- 2. The shapes world: choosing a scene. Another number of draws changes every picture.
+# ---- 2. The shapes world: choosing a scene. One random draw more changes every picture.
 SAID = {"count": 0.4, "size": 0.4, "texture": 0.5}          # how often the full world says each
 
 def _pick(rng, options):
@@ -721,7 +721,7 @@ def prompts(category, n=100, split="seen"):
     while len(found) < n:
         for scene in _ask(rng, category, pairs):
             caption, misses = scene.caption(), misses + 1
-            ours = all((t.color, t.shape) in pairs for t in scene.things)  # a swap may leave split
+            ours = all((t.color, t.shape) in pairs for t in scene.things)  # a swap may leave them
             if ours and caption not in found and layout(rng, scene):
                 found, misses = [*found, caption], 0
         if misses > 1000:                                    # there are no more: start over

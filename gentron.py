@@ -104,7 +104,7 @@ def patchify(z, p):  # exercise 1
     """(B, F, C, H, W) -> (B, F * N, p * p * C), N = (H / p) * (W / p), row by row."""
     B, F, C, H, W = z.shape
     z = z.reshape(B, F, C, H // p, p, W // p, p)
-    # Channels last within a patch, as in DiT's output layer: DiT's own fits as it is
+    # Channels last within a patch, as DiT's output layer has them: its weights fit unchanged
     return z.permute(0, 1, 3, 5, 4, 6, 2).reshape(B, F * (H // p) * (W // p), p * p * C)
 
 def unpatchify(x, p, shape):
@@ -167,8 +167,8 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask)                                      # (B, h, T, D/h)
         else:
             # Rotating q and k makes q . k depend on the distance of two frames (or words).
-            # OURS: v is rotated, too, and the result is rotated back. Weights sum to 1, so if all v
-            # are alike, as those of pure noise nearly are, q and k alone could tell nothing apart.
+            # OURS: v is rotated, too, and the result is rotated back. Weights sum to 1: where all v
+            # are equal, q and k alone could not tell one frame from another.
             q, k, rotated = (turn(y, pos, self.planes) for y in (q, k, v))
             y = turn(attend(q, k, rotated, mask), -pos, self.planes)
         if motion is not None:
@@ -318,7 +318,8 @@ class NoiseSchedule:
     All but straight keep alpha^2 + sigma^2 = 1. shift lowers log(alpha / sigma) at every t
     (Hoogeboom et al. 2023). ValueError for a combination that cannot work."""
     def __init__(self, kind="linear", objective="eps", shift=0.0, steps=1000):
-        if objective not in OBJECTIVES.get(kind, ()) or not abs(shift) <= 5 or not 0 < steps < 1e5:
+        if objective not in OBJECTIVES.get(kind, ()) or not abs(shift) <= 5 \
+                or type(steps) is not int or not 0 < steps < 1e5:
             fits = "; ".join(f"{k} with {' or '.join(v)}" for k, v in OBJECTIVES.items())
             raise ValueError(f"schedule '{kind!s:.20}' with objective '{objective!s:.20}', shift "
                              f"{shift}, cannot work: z0 is lost at high noise; try {fits}")
@@ -526,7 +527,8 @@ class WordEncoder(nn.Module):
         super().__init__()
         self.vocabulary, self.dim, self.split = vocabulary, dim, split
         self.index = {word: k + 3 for k, word in enumerate(vocabulary)}
-        self.words = nn.Embedding(len(vocabulary) + 3, dim)    # (weight[ids]: random gradients)
+        # (weight[ids] in place of it would sum the gradients in random order)
+        self.words = nn.Embedding(len(vocabulary) + 3, dim)
         self.attn = nn.ModuleList(Attention(dim, heads, turned=turned) for _ in range(depth))
         mlp = lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.mlp = nn.ModuleList(mlp() for _ in range(depth))
@@ -599,8 +601,8 @@ class ResBlock(nn.Module):
 
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, C, H/8, W/8).
-    channels: C. kl: weight of the KL term. mean and std are measured at each save: what `encode`
-    returns has mean 0 and deviation 1 per channel (in place of SD's 0.18215)."""
+    channels: C. kl: weight of the KL term. mean and std are measured at each save (in place of
+    SD's 0.18215): drawn latents have mean 0 and deviation 1 per channel, `encode`'s, less."""
     down = 8                             # pixels a latent, along each axis
 
     def __init__(self, channels=16, kl=5e-4):
@@ -670,7 +672,7 @@ def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frame
              given=None, on_step=None):
     """B prompts and B seeds -> uint8 pictures (B, F, H, W, 3), a numpy array. Item i depends on
     prompts[i] and seeds[i] alone. size: H and W in pixels. negative: what not to draw, in place of
-    the null text. on_step(t, z, z0) is called after each step. cfg .. bf16: as for `guided`."""
+    the null text. on_step(t, z, z0) is called after each step. The rest: `guided`, `denoise`."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # CPU: device-independent
     shape = (frames, vae.channels, size[0] // vae.down, size[1] // vae.down)
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -849,7 +851,6 @@ def read_safetensors(file):
     about = json.loads(header.pop("__metadata__")["gentron"])
     state, crc, end, sealed = about["facts"], 0, 0, seal(about["facts"], header)
     check_facts(state)
-    state.get("text", {}).setdefault("turned", 0.5)        # older files do not say it: half
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         # Without gaps: so nothing overlaps, and all lies inside of the file
@@ -880,19 +881,20 @@ def check_facts(facts):
                 frames=whole(facts["frames"], 1, 1024), step=whole(facts["step"], 0, 2 ** 40),
                 fps=type(fps) in (int, float) and 0.01 <= fps <= 1000, made=type(made) is dict,
                 **{x: type(facts.get(x, {})) is dict for x in ("ema", "weights", "optimizer")},
-                vae=whole(channels, 1, 1024) or type(vae.get("name")) is str)
+                vae=whole(channels, 1, 1024) or type(vae.get("name")) is str,
+                config=(stage == "vae") != ("config" in facts))
     if stage != "vae":
         cfg, text = from_file(GenTronConfig, facts["config"]), facts["text"]
         from_file(NoiseSchedule, facts["schedule"])
         good["text"] = (type(text["spec"]) is str and text["spec"].count("+") < 8
                         and whole(text["dim"], 16, 4096) and text["dim"] % 16 == 0
-                        and text.get("turned", 0.5) in (0.5, 1)
+                        and text.get("turned", 1) in (0.5, 1)
                         and all(type(word) is str for word in text["vocabulary"]))
         good["vae"] &= channels is None or channels == cfg.in_channels and not any(
             n % (VAE.down * cfg.patch_size) for n in size)
     for name, fine in good.items():
         if not fine:
-            raise ValueError(f"its {name} is {facts[name]!r:.60}")
+            raise ValueError(f"its {name} is {facts.get(name)!r:.60}")
 
 def from_file(kind, values):
     """A file's dict -> kind(**dict). What it lacks has its default; ValueError: unknown name."""

@@ -83,7 +83,7 @@ def parser():
     add("--steps", type=listed(D.number(int, 1, 1000)), default=[25], help="of the sampler (25)")
     add("--sampler", choices=tuple(G.SAMPLERS), help="(pc; models of a paper's preset: ddpm)")
     add("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
-    add("--batch-size", type=D.number(int, 1, 4096), default=50, help="for memory alone (50)")
+    add("--batch-size", type=D.number(int, 1, 4096), default=50, help="few take less memory (50)")
     add("--device", help="cpu, cuda, mps ... (the best there is)")
     add = p.add_argument_group("in place of pictures").add_mutually_exclusive_group().add_argument
     add("--strip", action="store_true", help="each picture at twelve moments of its denoising")
@@ -94,7 +94,7 @@ def parser():
     add = p.add_argument_group("grading, on the shapes world").add_argument
     add("--n", type=D.number(int, 1, 10_000), help="prompts a category (100)")
     add("--quick", action="store_true", help="20 prompts a category")
-    add("--split", choices=("seen", "unseen"), default="seen", help="in training (seen)")
+    add("--split", choices=("seen", "unseen"), default="seen", help="of training (seen)")
     add("--category", nargs="+", choices=tuple(D.SCORED_ON), help="only these")
     add("--json", metavar="FILE", help="all verdicts and settings (bench.json, study.json)")
     return p
@@ -114,8 +114,8 @@ def read_prompts(args):
     return prompts, [args.seed + k for k in range(len(prompts))]
 
 def check_words(encoder, prompts):
-    """Raises ValueError for a prompt that is too long or has a word that the encoder does not know.
-    With an unknown word the model would silently draw something else."""
+    """Raises ValueError for a prompt that is too long or has a word that the encoder does not know:
+    the model would silently draw something else."""
     for prompt in prompts:
         if len(prompt) > D.MAX_CAPTION:
             raise ValueError(f"a prompt has more than {D.MAX_CAPTION} characters: {prompt[:40]}...")
@@ -226,6 +226,8 @@ def draw(args):
     """Prompts in, pictures out. Whatever can be refused is refused before the first step."""
     started = time.monotonic()
     prompts, seeds = read_prompts(args)
+    if args.first_frame and (still := next(filter(D.is_picture, prompts), "")):
+        raise ValueError(f"--first-frame begins a clip; '{still}' names no motion (staying still?)")
     inside = strip if args.strip else attention_sheet if args.attention else None
     path = output_path(args, args.out or ("out.gif" if args.frames > 1 else "out.png"), ".png",
                        *([] if inside else [".gif", ".mp4", "/"]))

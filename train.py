@@ -149,7 +149,7 @@ def parser():
     return p
 
 # ---- 2. The data of a step -----------------------------------------------------------------------
-CHUNK = 64      # items that are encoded together: always the same ones, whatever the run
+CHUNK = 64      # items that are encoded together: the same ones in every run of a seed
 
 @lru_cache(maxsize=4)
 def permutation(seed, epoch, n):
@@ -246,7 +246,7 @@ def training_step(run, inputs, step, args):
     for k in range(args.grad_accum):
         part = [x[k * micro:(k + 1) * micro] for x in inputs]
         part = [x.to(args.device) if isinstance(x, torch.Tensor) else x for x in part]
-        # Weights and loss stay in fp32. The range of bf16 is that of fp32: no loss scaling
+        # OURS: weights and loss stay in fp32. The range of bf16 is that of fp32: no loss scaling
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             loss = run.net(*part)                          # (micro,)
         (loss.sum() / b).backward()                        # the mean over the b items
@@ -363,7 +363,7 @@ HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_eve
             "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile"}
 # Flags that define the model. With --init they are the checkpoint's.
 OF_MODEL = {*CONFIG, "text", "schedule", "objective", "noise_shift"}
-flags_of = lambda args: json.loads(json.dumps(vars(args), default=str))    # as files hold them
+flags_of = lambda flags: json.loads(json.dumps(flags, default=str))    # a dict, as files hold it
 
 def prepare(args):
     """Flags as given -> (settings, last, init): a value for each flag, the run's own checkpoint and
@@ -414,7 +414,7 @@ def prepare(args):
     settings = argparse.Namespace(**{**defaults, **inherited, **fitting,
                                      **G.PRESETS.get(args.preset, {}), **typed})
     # A flag that is younger than the checkpoint had its default then
-    was, now = flags_of(argparse.Namespace(**{**defaults, **saved})), flags_of(settings)
+    was, now = flags_of({**defaults, **saved}), flags_of(vars(settings))
     file, fixed = (args.out, {*now} - HARMLESS) if last else (args.init, OF_MODEL if init else {})
     for name in now:
         if name in fixed and was[name] != now[name]:
@@ -444,7 +444,7 @@ def setup(args):
         "commit": git.stdout.strip(), "torch": str(torch.__version__), "items": len(dataset)}
     if (before := state["made"].get("items", len(dataset))) != len(dataset):
         say(f"note: this run began with {before!s:.20} items, now there are {len(dataset)}")
-    config = {"program": "gentron", "flags": flags_of(args), "made": state["made"]}
+    config = {"program": "gentron", "flags": flags_of(vars(args)), "made": state["made"]}
     if rank() == 0:                                        # to be read by people
         with D.writing(Path(args.out) / "config.json") as file:
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -477,8 +477,7 @@ def start(net, args, last=None):
         module.to(args.device)
     # OURS: betas and no decay (the paper says AdamW and its rate). 0.99 forgets an early large
     # gradient in a hundred steps, where the usual 0.999 takes a thousand.
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     for name, p in net.named_parameters() if last else ():
         try:
             m, v, t = (last["optimizer"][key] for key in ("exp_avg", "exp_avg_sq", "step"))
@@ -487,9 +486,9 @@ def start(net, args, last=None):
         except (LookupError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"{file} is damaged: its moments of {name}") from None
         for key, x in old.items():
-            old[key] = x = x.to(p.device)
+            old[key] = x = x.to(p.device, torch.float32)
             if isinstance(p, DTensor) and x.ndim:          # each process keeps its share
-                old[key] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+                old[key] = distribute_tensor(x, p.device_mesh, p.placements)
         optimizer.state[p] = old
     return argparse.Namespace(net=net, ema=ema, weights=list(net.parameters()),
                               averages=list(ema.parameters()), optimizer=optimizer)
@@ -499,9 +498,9 @@ def open_data(args):
     for joint training (or None), the previews' captions. Sets --text to what the data offer."""
     shapes, stage, more = args.data == "shapes", args.stage, WIDER[args.world]
     n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
-    still = args.world                  # what a picture shows; things that touch are the hardest:
-    if still == "full":                 # every second picture (vae), every fourth (t2i, t2v)
-        still = ("full",) * (1 if stage == "vae" else 3) + ("touching",)
+    # Every second (vae) or fourth picture of the full world shows its hardest: things that touch
+    still = ("full",) * (1 if stage == "vae" else 3) + ("touching",)
+    still = still if args.world == "full" else args.world
     level = "single" if args.text == "labels" else args.world if args.frames > 1 else still
     held = pictures = None
     dataset = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
@@ -550,7 +549,8 @@ def build(args, data, last, init, typed):
         say(f"note: {path} does not know {len(new)} words of the data: {', '.join(new)[:150]}")
     # Only what the user typed may be downloaded, never a name that stands in a file
     vae = G.build_vae(state, download=args.vae).to(args.device)
-    encoder = read_caches(data, vae, args) or G.TextEncoder(**state["text"], download=typed)
+    encoder = read_caches(data, vae, args) or G.from_file(
+        G.TextEncoder, {**state["text"], "download": typed})
     multiple = vae.down * args.patch_size
     if any(side % multiple for side in args.size):
         raise ValueError(f"--size must be divisible by {multiple}: autoencoder x patch")
@@ -613,7 +613,7 @@ def join_processes(name, sharded):
     device = G.pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)                      # where NCCL and FSDP look
-    if count > 1:           # if one process dies, torchrun ends the others; if one hangs, the limit
+    if count > 1:           # if one process dies, torchrun ends the others; the limit ends a hang
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(minutes=10))
     return device
@@ -826,7 +826,7 @@ def save(run, step, args):
     if rank():
         return
     state = {**run.state, "stage": args.stage, "step": step, "size": list(args.size),
-             "frames": args.frames, "fps": args.fps, "flags": flags_of(args)}
+             "frames": args.frames, "fps": args.fps, "flags": flags_of(vars(args))}
     vae = run.ema if args.stage == "vae" else run.vae
     if isinstance(vae, G.VAE):                             # a pretrained one stays a name
         state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
@@ -840,8 +840,8 @@ def save(run, step, args):
 
 @torch.no_grad()
 def measure_latents(vae, dataset, args, n=512):
-    """Measures mean and standard deviation of each latent channel, as drawn, over n items, and
-    keeps them in the autoencoder. The schedule expects latents of mean 0 and variance 1."""
+    """Measures mean and standard deviation of each latent channel over n items, and keeps them in
+    the autoencoder. They are those of drawn latents, noise included, as in Stable Diffusion."""
     numbers, parts = spread(len(dataset), n), []           # class folders must not come in turn
     for i in range(0, len(numbers), CHUNK):
         clips = np.stack([dataset[k][0] for k in numbers[i:i + CHUNK]])
@@ -922,7 +922,7 @@ def plot_log(log):
 
 # ---- 11. --dry-run: how large? --benchmark: how fast? --------------------------------------------
 def measure(args):
-    """--dry-run: what the flags' model would take; nothing is allocated. --benchmark: times it."""
+    """--dry-run: what the flags' model would take on 4-channel latents. --benchmark: times it."""
     steps, all_frames = args.steps or 10, [args.frames] if args.frames else [1, 4, 8, 16, 32]
     args, *_ = prepare(args)
     B, video, cuda = args.batch_size, args.stage == "t2v", args.device.type == "cuda"

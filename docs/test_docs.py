@@ -92,8 +92,9 @@ def test_a_folder_of_ones_own_pictures_from_autoencoder_to_sample(here, kind, as
     kind == "bare" or refused(sample, ["poodle"], "vocabulary")
 
 def test_every_choice_of_ours_is_in_the_table():
-    """Of RESULTS.md, section 11: its column "where" names the functions that hold a tag, no others."""
-    rows = re.findall(r"\| ([^|]*) \|$", (DOCS / "RESULTS.md").read_text("utf-8").split("## 11.")[1], re.M)
+    """Of RESULTS.md, section 11: its column "where" names the functions that hold a tag."""
+    table = (DOCS / "RESULTS.md").read_text("utf-8").split("## 11.")[1]
+    rows = re.findall(r"\| ([^|]*) \|$", table, re.M)
     listed = {(place.split(" ")[0], name) for row in rows[1:]
               for place in row.replace("\\", "").split("; ")
               for name in place.split(" ", 1)[1].split(", ")}
