@@ -80,12 +80,10 @@ def run(module, *flags, code=0):
         assert line.startswith("error: ") and "Traceback" not in said, said
         assert len(line) <= 400 and line.isprintable(), line
     return said
-
 def refused(module, flags, *words):
     """The script ends with code 2; its one line of error holds all the words."""
     line = run(module, *flags, code=2).splitlines()[-1]
     assert all(word in line for word in words), (words, line)
-
 def trained(*flags, out="run"):
     """train.py on a tiny model -> the run's folder."""
     own = {"--init", "--vae", "vae"} & {*flags}             # these bring their autoencoder
@@ -99,20 +97,16 @@ def randomised(module, seed=0, std=0.08):
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * std)
     return module.eval()
-
 def tiny(text_dims=(24,), depth=3, **more):
     """A small GenTron with random parameters."""
     return randomised(G.GenTron(G.GenTronConfig(depth=depth, width=32, heads=4,
                                                 text_dims=text_dims, **more)))
-
 def noise(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 def largest(a, b):
     """The largest absolute difference."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return (a - b).abs().max().item()
-
 def same(a, b):
     """Are two trees of dicts, tensors and plain values equal?"""
     if isinstance(a, dict):
@@ -125,7 +119,6 @@ def some_text(dims=(24,), B=2, L=5, lengths=None, seed=0):
     mask = torch.arange(L)[None] < torch.tensor(lengths or [L] * B)[:, None]
     return G.Text(tuple(torch.randn(B, L, d, generator=g) for d in dims), (mask,) * len(dims),
                   torch.randn(B, sum(dims), generator=g))
-
 def rows_of(text, rows):
     """The given rows of a Text."""
     return G.Text(tuple(x[rows] for x in text.tokens), tuple(m[rows] for m in text.mask),
@@ -153,7 +146,6 @@ INKS = [(220, 30, 30), (30, 200, 60), (40, 60, 220), (230, 210, 40), (150, 40, 1
 def one(color, size=(40, 40), mode="RGB"):
     """A picture of one colour, or of the k-th of INKS."""
     return Image.new(mode, size, INKS[color] if type(color) is int and mode == "RGB" else color)
-
 def put(path, image, caption=None, **save):
     """Saves a picture and, beside it, its caption -> its Path."""
     path = Path(path)
@@ -1169,7 +1161,6 @@ def log_of(run):
     with open(run / "log.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k != "items_per_s"}
                 for row in csv.DictReader(file)]
-
 def numbers_of(run):
     """All tensors of last.safetensors, by their paths, as the safetensors library reads them."""
     return pytest.importorskip("safetensors.torch").load_file(run / "last.safetensors")
@@ -1197,7 +1188,6 @@ def at_steps(monkeypatch, then):
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *more: (step(self, *more),
                                                                         then(self))[0])
-
 def losses_seen(monkeypatch, then):
     """Calls then(net, latents, captions, draws) for each training loss -> its factor, or None."""
     forward = G.Net.forward
@@ -1419,6 +1409,8 @@ def test_the_log_is_mended_or_left_alone(here, tiny_run, monkeypatch):
     log.write_text(theirs := good.replace(".", ",").replace(",", ";"))
     refused(train, [*TINY, *NET, "--steps", "4", "--out", "run"], "run/log.csv")
     assert log.read_text() == theirs
+    (log := train.Log(Path("x"), 0)).add(1, noise(4), torch.tensor([0, 250, 749, 999]), 0, 1, 1)
+    assert log.rows[0][2:6] == noise(4).tolist()            # each in its band of noise
 
 def test_a_part_of_a_folder_never_trains_and_is_watched(here, monkeypatch, sheets):
     """Previews are spread over what trains; the held-out loss stands in the log and the plot."""
@@ -1426,9 +1418,13 @@ def test_a_part_of_a_folder_never_trains_and_is_watched(here, monkeypatch, sheet
     heard, held = set(), D.hold_out(D.Folder(pictures("mine", 40), (32, 32)), 0)[1].captions
     assert D.hold_out(D.Folder("mine", (32, 32)), 1)[1].captions != held   # the seed chooses
     losses_seen(monkeypatch, lambda net, z0, captions, draws: heard.update(captions))
+    forward, watched = G.Net.forward, set()
+    monkeypatch.setattr(G.Net, "forward", lambda self, *x: (self.training or watched.update(
+        itertools.product(x[1], x[2].t.tolist())), forward(self, *x))[1])
     flags = [*TINY, *NET, "--data", "mine", "--steps", 20, "--sample-every", 10, "--out"]
     said = run(train, *flags, "run")
     assert len(held) == 1 and heard == set(D.Folder("mine").captions) - set(held)
+    assert watched == {*itertools.product(held, train.LEVELS)}
     shown = {int(label.split("n")[-1]) for label in sheets[-1][1]}
     assert len(shown) == 12 and max(shown) - min(shown) > 30 and set(sheets[-1][1]) <= heard
     assert "has only seen the shapes world" in said and "40 pictures" in said
@@ -1784,11 +1780,9 @@ def sampler_of(*flags, ckpt="t2i.safetensors"):
     """A Sampler of four steps (or as the flags say)."""
     flags = ["x", "--steps", "4", "--ckpt", ckpt, *map(str, flags)]
     return sample.Sampler(next(sample.settings(sample.parser().parse_args(flags))), ckpt)
-
 def drawn(*flags, ckpt="t2i.safetensors", prompt=RED):
     """What it draws of a prompt from seed 0: (F, H, W, 3)."""
     return sampler_of(*flags, ckpt=ckpt)([prompt], [0])[0].astype(int)
-
 def near(a, b, by=1):                                       # the rounding of another batch size
     return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= by
 
@@ -1844,6 +1838,7 @@ def test_weights_sampler_steps_size_guidance_and_precision_all_matter(here):
         ["--sampler", "dpm++"], ["--negative", "red"], ["--precision", "bf16"])]
     assert len({way.tobytes() for way in ways}) == len(ways)
     assert np.array_equal(ways[0], drawn("--ema")) and abs(ways[0] - ways[-1]).mean() < 8
+    assert sampler_of("--cfg", "0").cfg == 0
     assert "pc, 25 steps, cfg 2, motion 1, fp32" in run(sample, RED, "--ckpt", "t2i.safetensors")
     G.save_checkpoint("big.safetensors", random_state("t2i", flags={"preset": "XL/2"}))
     assert "ddpm, 25 steps, cfg 7.5," in run(sample, RED, "--ckpt", "big.safetensors")
@@ -1957,6 +1952,7 @@ def test_the_bench_asks_fixed_prompts_that_the_model_can_read_whatever_the_batch
     low, high = sample.wilson(50, 100)                      # by hand
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
     assert sample.wilson(0, 9)[0] == 0 and sample.wilson(9, 9)[1] == pytest.approx(1)
+    assert sample.grade("color", [RED], [D.truth("a red square", 0)])["score"] == 1
     G.save_checkpoint("young.safetensors", random_state("t2i", words=["pug"], spec="labels"))
     refused(sample, ["--bench", "--ckpt", "young.safetensors"], "no sentence")
 
@@ -1989,6 +1985,7 @@ def test_compare_draws_with_checkpoints_and_reads_folders_of_any_system(here):
     rows = json.loads(Path("study.json").read_text())["rows"]
     assert rows.keys() == {*D.CATEGORIES, "numeracy", "all"} and rows["all"]["n"] == 7
     assert len(study("study.html")["pairs"]) == 7
+    assert all(pair["a"] != pair["b"] for pair in study("study.html")["pairs"])
     prompts = [*D.prompts("pair", 3), "</script><script>alert(1)</script>"]
     for name, wrong in (("ours", (3,)), ("theirs", (1, 3))):
         for k, prompt in enumerate(prompts):
@@ -2023,6 +2020,7 @@ def test_the_strip_shows_the_way_to_the_picture(here, sheets):
         assert near(rows[14], picture) and not near(rows[9], picture) and not near(rows[0], rows[4])
     run(sample, RED, *flags, "--strip", "--cfg", "1")
     assert len(sheets[-1][0]) == 2 * 5                      # unguided is guided: two rows
+    assert near(*(np.asarray(sheet[0][5], int) for sheet in (sheets[0], sheets[-1])))
 
 def test_attention_is_what_the_model_uses_and_sums_to_one(here, sheets):
     sampler, prompt = sampler_of(), "a red circle left of a star"
