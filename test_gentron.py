@@ -112,7 +112,6 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
-
 def some_text(dims=(24,), B=2, L=5, lengths=None, seed=0):
     """Random Text; lengths: real tokens of each row (default: all)."""
     g = torch.Generator().manual_seed(seed)
@@ -123,7 +122,6 @@ def rows_of(text, rows):
     """The given rows of a Text."""
     return G.Text(tuple(x[rows] for x in text.tokens), tuple(m[rows] for m in text.mask),
                   text.pooled[rows])
-
 def random_state(stage, /, seed=0, words=None, spec="small", **more):
     """A checkpoint's dict of stage vae, t2i or t2v: tiny, every parameter random. It draws 32 x 32
     pixels with four tokens a frame. words: its vocabulary; more: entries to replace."""
@@ -154,7 +152,6 @@ def put(path, image, caption=None, **save):
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
-
 def pictures(folder, n=6, classes=()):
     """A folder of n random pictures, each with a caption of its own (or in class folders)."""
     rng = np.random.default_rng(0)
@@ -195,7 +192,6 @@ def tiny_run(tiny_files, tmp_path_factory):
     """The folder of a t2i run of two steps, made once; `copy_of` gives a test its own."""
     with workplace(tmp_path_factory.mktemp("tiny run"), tiny_files) as home:
         return home / trained("--steps", "2")
-
 def copy_of(tiny_run):
     """A copy of that run, `run` in the working folder."""
     return Path(shutil.copytree(tiny_run, "run"))
@@ -887,7 +883,6 @@ def test_the_judge_is_right_on_truth(category, split, n):
     wrong = [(caption, v.reasons) for v, caption in zip(verdicts, asked)
              if not v or v.reasons or not D.passed(v, category)]
     assert len(wrong) <= 0.01 * n, wrong[:3]
-
 def swapped(scene, kind):
     """The scene's caption with something exchanged, so that it is wrong; or as it was."""
     scene = D.parse(scene.caption())
@@ -1017,7 +1012,6 @@ def test_the_benchmarks_prompts_are_fixed_and_come_in_swap_pairs():
 
 # ==== 7. Data: folders, held-out items, sheets ====================================================
 SCARLET, LIME, NAVY, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
 def alike(pixel, color, by=25):
     return np.abs(np.asarray(pixel, int) - np.asarray(color, int)).max() <= by
 
@@ -1164,7 +1158,6 @@ def log_of(run):
 def numbers_of(run):
     """All tensors of last.safetensors, by their paths, as the safetensors library reads them."""
     return pytest.importorskip("safetensors.torch").load_file(run / "last.safetensors")
-
 def compare_runs(one, other, loss=0.0, norm=0.0, weights=0.0, pixels=0):
     """The same log, tensors by their names and previews; or up to differences of these sizes."""
     assert weights or log_of(one) == log_of(other)
@@ -1251,12 +1244,16 @@ def test_ema_safetensors_holds_averages_and_a_bad_step_changes_nothing(here, mon
         assert (mean / vae.std).mean((0, 1, 3, 4)).abs().max() < 0.2
         drawn = (mean / vae.std).var((0, 1, 3, 4)) + logvar.exp().mean((0, 1, 3, 4))
         assert (drawn - 1).abs().max() < 0.3                # the variance of z as it is drawn
+        train.measure_latents(vae, [(x,) for x in clips], train.argparse.Namespace(device="cpu"), 2)
+        ends = vae.posterior(G.to_float(clips[::39]))[0]    # spread over all: first and last
+        assert largest(vae.mean.view(-1), ends.mean((0, 1, 3, 4))) < 1e-5
 
 def test_every_epoch_shows_each_item_once_in_an_order_of_its_own_and_learns(here, monkeypatch):
     heard, z0_of = [], {}
     pictures("mine", 10)
     def hear(net, z0, captions, draws):
         heard.extend(captions)
+        assert not draws.drop_text.any()
         for z, caption in zip(z0, captions):                # a caption goes with its own picture
             assert torch.equal(z, z0_of.setdefault(caption, z))
     losses_seen(monkeypatch, hear)
@@ -1277,6 +1274,7 @@ def test_joint_training_an_item_without_motion_is_a_picture_with_its_own_caption
         film = dict(save_all=True, append_images=[one(k + 1), one(k + 2)], duration=250)
         put(Path(f"films/{k}.gif"), one(k), f"film {k}", **film)
         put(Path(f"stills/{k}.png"), one(5 - k), f"still {k}")
+    put("stills/4.png", one(4, (40, 30)), "still 4")        # one more than there are films
     vae, latents, seen = G.build_vae(G.load_checkpoint("t2i.safetensors")), {}, []
     for folder, frames in (("films", 3), ("stills", 1)):
         for clip, caption in D.Folder(folder, (32, 32), frames, 4):
@@ -1291,9 +1289,11 @@ def test_joint_training_an_item_without_motion_is_a_picture_with_its_own_caption
             assert caption.startswith("still" if still else "film")
             assert largest(z, latents[caption].expand_as(z)) < 1e-2
             kinds[caption] += 1
-    assert len(kinds) == 8 and 4 < sum(int(draws.given.sum()) for *_, draws in seen) < 24
+    assert len(kinds) == 9 and 4 < sum(int(draws.given.sum()) for *_, draws in seen) < 24
     least = [min(draws.t.min() for *_, draws in part) for part in (seen[:4], seen[4:])]
     assert least[1] < 700 <= least[0]
+    trained(*flags, "1", "--image-data", "stills", "--steps", "12", out="stills")        # one pace
+    assert all(a[1][k] == b[1][k] for a, b in zip(seen, seen[12:]) for k in a[2].still.nonzero())
     seen.clear()
     trained(*flags, "0", "--steps", "4", out="clips alone")
     assert not any(draws.still.any() for *_, draws in seen) and len(seen) == 4
@@ -1379,8 +1379,8 @@ def test_ten_bad_steps_in_a_row_end_a_run_and_are_never_saved(here, tiny_run, mo
     assert Path("run/last.safetensors").read_bytes() == before
 
 def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, monkeypatch):
-    seen, generate = [], G.generate
-    monkeypatch.setattr(G, "generate", lambda *a, **k: seen.append(
+    seen, nets, generate = [], [], G.generate
+    monkeypatch.setattr(G, "generate", lambda *a, **k: nets.append(a[0]) or seen.append(
         G.load_checkpoint("run/last.safetensors")["step"]) or generate(*a, **k))
     run = trained("--steps", "9", "--sample-every", "2", "--save-every", "5")
     assert seen == [2, 2, 5, 5, 9]                          # at steps 2, 4, 6, 8 and 9
@@ -1389,6 +1389,8 @@ def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, 
         "samples", *(f"samples/00000{k}.png" for k in (2, 4, 6, 8, 9))}
     read = lambda: json.loads((run / "config.json").read_text())
     config, state = read(), G.load_checkpoint(run / "last.safetensors")
+    assert same({f"model.{k}": w for k, w in nets[-1].state_dict().items()}, {
+        k: w for k, w in state["ema"].items() if k.startswith("model.")})  # averages draw
     assert config["flags"] == state["flags"] and config["flags"].keys() == {
         action.dest for action in train.parser()._actions} - {"help"}
     made = config["made"]
@@ -1484,8 +1486,8 @@ def test_a_child_inherits_and_a_parents_decisions_are_refused_as_flags(here):
     """t2v has its t2i parent's averages as weights, its grid of positions, and temporal layers."""
     trained("--steps", "1", "--objective", "flow", "--noise-shift", "0.3", "--world", "full",
             "--qk-norm", "--mlp-ratio", "2", out="parent")
-    old = G.load_checkpoint("parent/ema.safetensors")
-    flags = ["--init", "parent/ema.safetensors", "--stage", "t2v", "--steps", "1"]
+    old = G.load_checkpoint("parent/last.safetensors")
+    flags = ["--init", "parent/last.safetensors", "--stage", "t2v", "--steps", "1"]
     for flag, *value in (("objective", "v"), ("schedule", "linear"), ("text", "small+small"),
                          ("vae", "vae.safetensors"), ("mlp-ratio", "4"), ("noise-shift", "0"),
                          ("no-qk-norm",)):
@@ -1618,7 +1620,6 @@ def test_dry_run_and_benchmark_tell_sizes_and_speeds_and_write_nothing(here):
     for _, seconds, rate, flops, gb in rows:
         assert float(seconds) * float(rate) == pytest.approx(4, rel=0.2)    # the batch size
         assert float(flops) > 0 and 0.1 < float(gb) < 50
-
 def together(*jobs, signalled=None, code=0):
     """train.main(flags) for each job, on two gloo processes of the CPU -> what both said; or what
     process 0 says, if process 1 is to send itself a signal in its first step."""
@@ -1878,6 +1879,8 @@ def test_pictures_and_clips_start_from_a_picture(here, name):
     assert np.array_equal(draw("--mask", "black.png"), back)
     assert np.array_equal(draw("--mask", "half.png")[:, :16], back[:, :16])    # no seam
     changes = [abs(draw("--strength", s) - back).mean() for s in (0.2, 0.8)]
+    (dot := Image.new("L", (32, 32))).putpixel((9, 9), 255), dot.save("dot.png")
+    assert sampler_of("--init-image", "a.png", "--mask", "dot.png").given.mask.sum() == 1
     assert 0 < changes[0] < changes[1] and np.array_equal(draw(), draw("--strength", 0.6))
     sampler, ends = sampler_of("--init-image", "a.png", "--mask", "half.png", *flags), []
     with network_inputs(sampler.net) as seen:
@@ -2034,6 +2037,10 @@ def test_attention_is_what_the_model_uses_and_sums_to_one(here, sheets):
     x, y, mask = noise(1, 5, 32), noise(1, 7, 24), torch.tensor([[True] * 4 + [False] * 3])
     weights, (k, v) = sample.attend(cross, x, cross.keys_values(y)[0], mask), cross.keys_values(y)
     assert largest(cross.out(weights @ v[:, 0]), cross(x, (k, v), mask)) < 1e-5
+    sample.attention_sheet(sampler, [prompt], [0])
+    assert [label.split(": ")[1] for label in sheets.pop()[1]] == [
+        f"{100 * part[:, k].mean():.0f} %" for k in range(len(words))
+        for part in (maps[:2], maps[2:3], maps[3:], maps)]
     run(sample, "a blue star", "--attention", "--steps", "4", "--ckpt", "t2i.safetensors")
     cells, labels, columns = sheets[0]
     assert len(cells) == 4 * columns and "blue" in " ".join(labels)     # three words and the start
@@ -2087,7 +2094,6 @@ data | --preview || data --preview out.txt | .txt || data --preview out.png --da
 data --preview few/00.png --data few | few/00.png || data --preview /proc/a.png | /p
 data --preview out.gif --frames 1024 --size 4096 | memory
 """
-
 def bad_inputs():
     """Files to go wrong with, in the working folder."""
     pictures("few", 3), put("other/x.png", one(0), "x"), put("m.png", one(0)), os.mkdir("empty")
@@ -2107,12 +2113,10 @@ def bad_inputs():
     data = Path("nan.safetensors").read_bytes()
     Path("nan.safetensors").write_bytes(data.replace(*(struct.pack("<4f", *[x] * 4)
                                                        for x in (7.25, math.inf))))
-
 def files_here():
     """{path: what changes if it is written to}, of all files but the lock of a run's folder."""
     return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in Path().rglob("*")
             if not path.is_dir() and path.name != ".lock"}
-
 def fault_of(script, flags, words=None, ours=()):
     """Runs a case -> what is wrong with how it ended, or None. words: what its one line of error
     must hold; None: it may also succeed. Only in `ours` may anything be written."""
@@ -2172,7 +2176,6 @@ ENTRIES = (*(("data_offsets", x) for x in ([0, 12], [8, 16], [0, 2 ** 40], [-16,
            *(("dtype", x) for x in ("F16", "I64", [1], None)), ("shape", [-4, -1, 1]),
            ("shape", [0]), ("shape", [2 ** 62] * 2), ("shape", [1, 4, 1, 1]), ("shape", 4),
            ("shape", [4.0, 1, 1]), ("shape", [True, 4, 1]))
-
 def bad_checkpoints():
     """(its bytes, must it be refused?)"""
     good, rng = Path("t2i.safetensors").read_bytes(), np.random.default_rng(0)
@@ -2214,7 +2217,6 @@ def bad_checkpoints():
                  long(2) + b"{}", long(2) + b"[]", long(len(deep)) + deep, good[:1000],
                  good[:start], good[:-1], good + b"\0"):
         yield data, True
-
 def hostile_cases():
     """(path, what makes that file, script, flags, words of the error or None: it may succeed)."""
     text = lambda content: lambda path: path.write_text(content)
