@@ -83,7 +83,7 @@ def parser():
     add("--steps", type=listed(D.number(int, 1, 1000)), default=[25], help="of the sampler (25)")
     add("--sampler", choices=tuple(G.SAMPLERS), help="(pc; models of a paper's preset: ddpm)")
     add("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
-    add("--batch-size", type=D.number(int, 1, 4096), default=50, help="few take less memory (50)")
+    add("--batch-size", type=D.number(int, 1, 4096), default=50, help="how many at once (50)")
     add("--device", help="cpu, cuda, mps ... (the best there is)")
     add = p.add_argument_group("in place of pictures").add_mutually_exclusive_group().add_argument
     add("--strip", action="store_true", help="each picture at twelve moments of its denoising")
@@ -94,7 +94,7 @@ def parser():
     add = p.add_argument_group("grading, on the shapes world").add_argument
     add("--n", type=D.number(int, 1, 10_000), help="prompts a category (100)")
     add("--quick", action="store_true", help="20 prompts a category")
-    add("--split", choices=("seen", "unseen"), default="seen", help="of training (seen)")
+    add("--split", choices=("seen", "unseen"), default="seen", help="pairs that trained (seen)")
     add("--category", nargs="+", choices=tuple(D.SCORED_ON), help="only these")
     add("--json", metavar="FILE", help="all verdicts and settings (bench.json, study.json)")
     return p
@@ -208,6 +208,9 @@ class Sampler:
         # A caption without motion, asked for as a clip, gives one picture F times: the paper's
         # motion-free frames (3.4) do not see each other, so from one noise they are all alike
         frames_of = [1 if D.is_picture(prompt) else args.frames for prompt in prompts]
+        if args.first_frame and 1 in frames_of:
+            still = prompts[frames_of.index(1)]
+            raise ValueError(f"--first-frame begins a clip; '{still}' names no motion")
         for frames in {1, args.frames}:
             places = [k for k, n in enumerate(frames_of) if n == frames]
             for i in tqdm(range(0, len(places), args.batch_size), what, leave=False):
@@ -226,8 +229,6 @@ def draw(args):
     """Prompts in, pictures out. Whatever can be refused is refused before the first step."""
     started = time.monotonic()
     prompts, seeds = read_prompts(args)
-    if args.first_frame and (still := next(filter(D.is_picture, prompts), "")):
-        raise ValueError(f"--first-frame begins a clip; '{still}' names no motion (staying still?)")
     inside = strip if args.strip else attention_sheet if args.attention else None
     path = output_path(args, args.out or ("out.gif" if args.frames > 1 else "out.png"), ".png",
                        *([] if inside else [".gif", ".mp4", "/"]))

@@ -578,10 +578,10 @@ def test_schedules_are_what_they_say():
             assert largest(back_eps, eps[i]) < 1e-5
 
 def test_what_cannot_work_is_refused_with_the_reason():
-    for kind, objective in (("cosine", "eps"), ("straight", "eps"), ("straight", "v"), (None, None),
-                            ("linear", "flow"), ("cosine", "flow"), ("abacus", "v")):
+    for given in (("cosine", "eps"), ("straight", "eps"), ("straight", "v"), ("linear", "flow"),
+                  ("cosine", "flow"), ("abacus", "v"), (None, None), ("linear", "eps", 0, True)):
         with pytest.raises(ValueError, match="cannot work: z0 is lost at high noise; try linear"):
-            G.NoiseSchedule(kind, objective)
+            G.NoiseSchedule(*given)
     for bad in (dict(depth=0), dict(depth=513), dict(width=24, heads=4), dict(heads=True), dict(
             grid=(4,)), dict(qk_norm=1), dict(conditioning="film"), dict(text_dims=(0,))):
         with pytest.raises(ValueError):

@@ -499,8 +499,8 @@ def open_data(args):
     shapes, stage, more = args.data == "shapes", args.stage, WIDER[args.world]
     n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
     # Every second (vae) or fourth picture of the full world shows its hardest: things that touch
-    still = ("full",) * (1 if stage == "vae" else 3) + ("touching",)
-    still = still if args.world == "full" else args.world
+    mixed = ("full",) * (1 if stage == "vae" else 3) + ("touching",)
+    still = mixed if args.world == "full" else args.world
     level = "single" if args.text == "labels" else args.world if args.frames > 1 else still
     held = pictures = None
     dataset = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
