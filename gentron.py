@@ -93,8 +93,8 @@ def turn(x, pos, k):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 def grid_positions(high, wide, dim, grid=(), device=None):
-    """(high * wide, dim), a row a token: half of the channels give its column, half its row. They
-    are scaled to `grid`, the (rows, columns) of training (as in PixArt, Chen et al. 2023)."""
+    """(high * wide, dim), a row a token: half of the channels give its column, half its row. OURS:
+    scaled to `grid`, the (rows, columns) of training (as in PixArt, Chen et al. 2023)."""
     rows, columns = grid or (high, wide)
     y = torch.arange(high, device=device).repeat_interleave(wide) * (rows / high)      # 0 0 0 1 1 1
     x = torch.arange(wide, device=device).repeat(high) * (columns / wide)              # 0 1 2 0 1 2
@@ -251,8 +251,8 @@ class GenTron(nn.Module):
         # adaLN-Zero: gates, and so both of DiT's branches, start at zero; the output starts at zero
         zero = [self.final_modulation, self.final]
         for block in self.blocks:
-            # Cross and temporal attention have no gate. Their output projection starts at zero, so
-            # a fresh video model equals its image parent (paper 3.4).
+            # Temporal attention has no gate. Its output projection starts at zero, so a fresh video
+            # model equals its image parent (paper 3.4). OURS: cross-attention starts so, too.
             zero += [block.modulation, *(x.out for x in (block.cross, block.temporal) if x)]
         for parameter in nn.ModuleList(zero).parameters():
             nn.init.zeros_(parameter)

@@ -77,7 +77,7 @@ def parser():
     add("--raw", dest="weights", action="store_const", const="weights", help="raw, not averaged")
     add("--download", action="store_true", help="fetch encoders that the checkpoint names")
     add("--cfg", type=listed(D.number(float, 0, 100)), default=[None], metavar="l_T", help="text "
-        "guidance, uncond + l_T (cond - uncond); 1 = off (2; models of a paper's preset: 7.5)")
+        "guidance, uncond + l_T (cond - uncond); 1 = none (2; models of a paper's preset: 7.5)")
     add("--motion", type=listed(motion), default=[1.0], metavar="l_M",
         help="motion-free guidance of clips: 1 = none (1); more motion above it; 'off': no motion")
     add("--steps", type=listed(D.number(int, 1, 1000)), default=[25], help="of the sampler (25)")

@@ -358,7 +358,7 @@ def train(args):
 # ==== Below: engineering, where a first reading may stop ==========================================
 
 # ---- 6. From flags to settings -------------------------------------------------------------------
-# Flags that change how a run is carried out, not its result. They may differ on resume.
+# Flags of how a run is carried out. They may differ on resume: but for rounding, nothing changes.
 HARMLESS = {"steps", "minutes", "grad_accum", "out", "init", "resume", "save_every",
             "sample_every", "workers", "device", "checkpoint_activations", "fsdp", "compile"}
 # Flags that define the model. With --init they are the checkpoint's.
