@@ -63,14 +63,13 @@ HELD_OUT = frozenset(zip(COLORS, ("cross", "ring", "triangle", "star", "square",
 PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)
 SEEN_PAIRS = tuple(p for p in PAIRS if p not in HELD_OUT)
 
-def plural(shape):
-    """'circle' -> 'circles', 'cross' -> 'crosses'."""
-    return shape + ("es" if shape.endswith("s") else "s")
+plural = lambda shape: shape + ("es" if shape.endswith("s") else "s")      # 'cross' -> 'crosses'
 
-def vocabulary():
+def vocabulary(level="full"):
     """Every word that a caption can hold, sorted; also those of motions, for a video model."""
-    phrases = (*SHAPES, *map(plural, SHAPES), *COLORS, *TEXTURES, *COUNTS, *RELATIONS, *MOTIONS)
-    return sorted({"small", "large", "and", *" ".join(phrases).split()})
+    basic = (*SHAPES, *COLORS, *DIRECTIONS, *MOTIONS, "a", "and")
+    more = (*map(plural, SHAPES), *TEXTURES, *COUNTS, *RELATIONS, "small", "large")
+    return sorted({*" ".join(basic + more * (level == "full")).split()})
 
 @dataclass
 class Thing:

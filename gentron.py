@@ -14,8 +14,8 @@ CVPR 2024, arXiv:2312.04557. If you know DiT (Peebles & Xie 2023), then GenTron 
     +--> LN               -> temporal attention -------(+)  one place, F frames    <- motion
     +--> LN, scale, shift -> MLP             -> gate --(+)  each token by itself   <- c
 
-Shapes: B batch, F frames, C channels, H W latent height and width, N tokens a frame, L text tokens,
-D width, h heads. A picture is a clip with F = 1: latents are always (B, F, C, H, W).
+Shapes: B batch, F frames, C channels, H W height and width (of latents; of pictures in pixels), h
+heads, N tokens a frame, L text tokens, D width. A picture has F = 1: latents are (B, F, C, H, W).
 Masks: True = may be attended. `# OURS:` marks what the paper leaves open, with our reason."""
 
 import inspect
@@ -85,7 +85,7 @@ def sincos(position, dim, max_period=10_000):
 
 def turn(x, pos, k):
     """OURS: rotary positions (Su et al. 2021): x (..., T, d), pos (T,). Channels i and i + k form a
-    point of a plane, turned by an angle in proportion to pos. From channel 2 k on x stays."""
+    point of a plane, turned by an angle in proportion to pos. Channels from 2 k on stay."""
     speeds = 100 ** (-torch.arange(k, device=x.device) / k)
     angles = pos[:, None] * speeds               # (T, k): 1 to almost 1 / 100 radians a position
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -93,8 +93,8 @@ def turn(x, pos, k):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 def grid_positions(high, wide, dim, grid=(), device=None):
-    """(high * wide, dim), a row a token: half of the channels give its column, half its row. OURS:
-    scaled to `grid`, the (rows, columns) of training (as in PixArt, Chen et al. 2023)."""
+    """(high * wide, dim), one vector a token: half its channels encode its column, half its row.
+    OURS: positions are scaled to `grid`, training's (rows, columns) (PixArt, Chen et al. 2023)."""
     rows, columns = grid or (high, wide)
     y = torch.arange(high, device=device).repeat_interleave(wide) * (rows / high)      # 0 0 0 1 1 1
     x = torch.arange(wide, device=device).repeat(high) * (columns / wide)              # 0 1 2 0 1 2
@@ -115,7 +115,7 @@ def unpatchify(x, p, shape):
 
 # ---- 3. The Transformer (paper, 3.2 and 3.4) -----------------------------------------------------
 def norm(x):
-    """LayerNorm over the channels of (..., D), without weights: adaLN takes their place."""
+    """LayerNorm over the channels of (..., D), without weights: adaLN or the next layer scales."""
     return fn.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 def modulate(x, shift, scale):
@@ -383,7 +383,7 @@ class NoiseSchedule:
         # OURS: a logit-normal (Esser et al. 2024) of spread 1.5, not 1: high noise decides places
         t = torch.sigmoid(1.5 * torch.randn(n, generator=generator)) * self.steps
         # OURS: F frames show nearly one scene. Their average has sqrt(F) times less noise, so a
-        # clip is easier to read than a picture, and its log(alpha / sigma) falls by log(F) / 2.
+        # clip is easier to read than a picture. So its log(alpha / sigma) is lowered by log(F) / 2.
         frames = torch.as_tensor(frames, dtype=torch.float64)
         wanted = self.half_log_snr[t.long().clamp(max=self.steps - 1)] - frames.log() / 2   # (n,)
         return torch.searchsorted(-self.half_log_snr[:-1], -wanted).clamp(max=self.steps - 1)
@@ -397,7 +397,7 @@ class NoiseSchedule:
         if not 1 <= n <= self.steps:
             raise ValueError(f"{n} sampling steps; there must be from 1 to {self.steps}")
         looks = SAMPLERS[sampler][2]
-        middle = n // (looks + 1)                          # so many levels are looked at again
+        middle = n // (looks + 1)                          # number of levels looked at again
         levels = n - (looks - 1) * middle
         first = max(1, (levels - middle) // 2)             # not pure noise: alpha may be 0
         again = range(first, first + middle)
@@ -407,7 +407,7 @@ class NoiseSchedule:
     def denoise(self, predict, z, steps=25, sampler="pc", generators=None, skip=0, known=None):
         """Walks from noise z (B, ...) to clean latents; yields (t, z, z0) after a step: timestep,
         latents, estimate of the clean ones. predict(z, t) -> the network's output. generators:
-        one an item, for fresh noise. skip: leave out so many first steps. known(z, t) -> z
+        one an item, for fresh noise. skip: number of first steps left out. known(z, t) -> z
         with its given part replaced, noised to step t (-1: clean). ValueError as in `timesteps`."""
         times = self.timesteps(steps, sampler)[skip:] + [-1]               # -1: no noise left
         eta, order, _ = SAMPLERS[sampler]
@@ -425,7 +425,7 @@ class NoiseSchedule:
                 # z0 extrapolated to the middle of this step, along lambda = log(alpha / sigma)
                 slope = (z0 - before[0]) / (lam[t] - lam[before[1]]).item()
                 towards = z0 + slope * (lam[s] - lam[t]).item() / 2
-                eps = eps - alpha_t / sigma_t * (towards - z0)             # z stays
+                eps = eps - alpha_t / sigma_t * (towards - z0)  # alpha_t towards + sigma_t eps = z
             # fresh: the new noise's standard deviation, eta times that of q(z_s | z_t, z0). A
             # corrector step (s = t) replaces noise: 0.8 new and 0.6 old, as 0.8^2 + 0.6^2 = 1.
             forward = sigma_t ** 2 - (alpha_t / alpha_s * sigma_s) ** 2    # variance, s to t
@@ -452,7 +452,7 @@ class Draws:
 
 def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0, p_first_frame=0.0,
                layout=False):
-    """The Draws of a whole batch, shape (B, F, C, H, W): they depend on seed and step alone."""
+    """The Draws of a whole batch, shape (B, F, C, H, W): a function of the arguments alone."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + step)             # seeds share no draws
     drop, still, given = torch.rand(3, shape[0], generator=g)              # (B,) each
     still = still < p_still
@@ -541,8 +541,8 @@ class WordEncoder(nn.Module):
         rows = [(row + [self.PAD] * L)[:L] for row in rows]                # each L long
         ids = torch.tensor(rows, device=self.words.weight.device)          # (B, L)
         mask = ids != self.PAD  # exercise 7                               # (B, L)
-        # OURS: words are rotated by their distance. "left of" is then different for the noun before
-        # it and the noun behind it, which absolute positions learn late.
+        # OURS: rotary positions, too. With them the noun before "left of" and the noun behind it
+        # differ from the first step; with absolute positions alone this is learned late.
         place, words = torch.arange(L, device=ids.device), self.words(ids)     # (L,), (B, L, dim)
         x = words + sincos(place, self.dim)
         for attn, mlp in zip(self.attn, self.mlp):
@@ -563,7 +563,7 @@ class TextEncoder(nn.Module):
     encoders may be fetched. ValueError for a spec that cannot be built."""
     def __init__(self, spec="small", vocabulary=(), dim=128, download=False, turned=1.0):
         super().__init__()
-        self.spec, self.vocabulary, self.dim = spec, list(vocabulary), dim
+        self.spec, self.vocabulary = spec, list(vocabulary)
         parts = [] if spec == "none" else spec.split("+")
         if "none" in parts or "" in parts or ("labels" in parts and len(parts) > 1):
             raise ValueError(f"text '{spec:.60}': none and labels stand alone, others join by +")
@@ -583,7 +583,7 @@ class TextEncoder(nn.Module):
         return Text(tokens, mask, torch.cat(pooled, dim=-1))   # side by side: (B, sum of dims)
 
     def unknown(self, caption):
-        """Words (or the class) that a small encoder has never seen: a sorted list of strings."""
+        """Words (or the class) that a small encoder does not know: a sorted list of strings."""
         small = [encoder for encoder in self.encoders if isinstance(encoder, WordEncoder)]
         return sorted({word for e in small for word in e.split(caption) if word not in e.index})
 
@@ -602,7 +602,7 @@ class ResBlock(nn.Module):
 class VAE(nn.Module):
     """A small KL autoencoder: pictures (B, F, 3, H, W) in -1 .. 1 <-> latents (B, F, C, H/8, W/8).
     channels: C. kl: weight of the KL term. mean and std are measured at each save (in place of
-    SD's 0.18215): drawn latents have mean 0 and deviation 1 per channel, `encode`'s, less."""
+    SD's 0.18215). Drawn latents have mean 0, deviation 1 per channel; `encode`'s deviate less."""
     down = 8                             # pixels a latent, along each axis
 
     def __init__(self, channels=16, kl=5e-4):
@@ -716,7 +716,7 @@ def pretrained_text(path, download):
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
         options = dict(local_files_only=not download)
         kind = AutoConfig.from_pretrained(path, **options).model_type      # a folder has any name
-        if not kind.startswith(("clip", "t5", "mt5", "umt5")):
+        if not kind.startswith(("clip", "t5", "mt5")):
             raise ValueError(f"it is a {kind} model; CLIP and T5 text encoders are known")
         family = CLIPTextModel if kind.startswith("clip") else T5EncoderModel
         # bf16 on a GPU halves T5-XXL; never fp16, in which T5 overflows
@@ -740,7 +740,7 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions):
-        """List of B strings -> tokens (B, L, dim), mask (B, L), pooled (B, dim), all fp32."""
+        """List of B strings -> tokens (B, L, dim), mask (B, L), pooled (B, dim), in fp32."""
         net, tokenizer = self.load()
         batch = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt",
                           max_length=self.max_tokens).to(self.here.device)
@@ -765,7 +765,7 @@ class PretrainedVAE(nn.Module):
             from diffusers import AutoencoderKL
             net = AutoencoderKL.from_pretrained(name, local_files_only=not download)
         self.net, config = net.requires_grad_(False).eval(), net.config
-        self.name, self.channels = name, config.latent_channels
+        self.channels = config.latent_channels
         self.down = 2 ** (len(config.block_out_channels) - 1)    # all levels but the last halve
         column = lambda values: torch.tensor(values, device="cpu").float().view(-1, 1, 1)
         shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
@@ -788,7 +788,7 @@ seal = lambda facts, header: zlib.crc32(json.dumps([facts, header], sort_keys=Tr
 
 def save_checkpoint(path, state):
     """Writes a dict of numbers, strings, lists, tensors and dicts of these, beside `path`. The last
-    step renames it: `path` is always complete. OSError (full disk), ValueError (not readable)."""
+    step renames it: `path` is always complete. OSError: full disk. ValueError: unusable dict."""
     tensors, plain = {}, (str, int, float, list, tuple, dict, torch.Tensor, type(None))
     def pick(tree, name=""):                               # the tree without its tensors
         rest = {}
@@ -840,7 +840,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is no checkpoint that can be used: {first_line(error)}") from None
 
 def read_safetensors(file):
-    """An open file -> the dict that `save_checkpoint` wrote. Other files raise what they raise."""
+    """An open file -> the dict that `save_checkpoint` wrote. Other files: any exception."""
     size, head = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(head, "little")
     if head.startswith((b"PK\3\4", b"\x80\2\x8a\n")):
@@ -908,7 +908,7 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 class Net(nn.Module):
-    """All that trains together. forward is the loss: FSDP and compile act on a module's forward."""
+    """Model, text encoder and schedule as one module, so one state_dict. forward is the loss."""
     def __init__(self, model, text, schedule):
         super().__init__()
         self.model, self.text, self.schedule = model, text, schedule
@@ -917,7 +917,7 @@ class Net(nn.Module):
         return training_loss(self.model, self.text, self.schedule, z0, captions, draws)
 
 def load_weights(module, weights, what):
-    """{name: tensor} become the module's own, in fp32. ValueError: what (a name) does not fit."""
+    """Loads {name: tensor} into module, in fp32. what: their name in the ValueError of a misfit."""
     try:
         copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
         module.load_state_dict(copies, assign=True)
@@ -927,7 +927,7 @@ def load_weights(module, weights, what):
     return module
 
 def build_vae(state, download=False):
-    """A checkpoint's autoencoder, frozen, fp32. download: True, or the one name that may be."""
+    """A checkpoint's autoencoder, frozen, fp32. download: True, or the one name to download."""
     part = state["vae"]                          # {"name": ...} or {"config": ..., "weights": ...}
     if "name" in part:
         return PretrainedVAE(part["name"], download in (True, part["name"]))
@@ -935,21 +935,21 @@ def build_vae(state, download=False):
         vae = from_file(VAE, part["config"]).requires_grad_(False).eval()
     return load_weights(vae, part.get("weights", {}), "the autoencoder")
 
-def build_net(state, weights="ema", text=None, download=False):
+def build_net(state, weights="ema", download=False):
     """The Net of a t2i or t2v checkpoint, in eval mode on the CPU. weights: "ema", or "weights"
-    (raw). text: a ready encoder, to build none. ValueError if the weights lack or do not fit."""
+    (raw). ValueError if the weights are missing or do not fit."""
     if state["stage"] == "vae" or weights not in state:
         raise ValueError(f"the checkpoint, of stage {state['stage']}, holds no "
                          f"{'EMA' if weights == 'ema' else 'raw'} weights")
-    schedule = from_file(NoiseSchedule, state["schedule"])         # its tables are no weights
+    schedule = from_file(NoiseSchedule, state["schedule"])     # not on meta: no file has its tables
     with torch.device("meta"):
-        text = text or from_file(TextEncoder, {**state["text"], "download": download})
+        text = from_file(TextEncoder, {**state["text"], "download": download})
         net = Net(GenTron(from_file(GenTronConfig, state["config"])), text, schedule)
     return load_weights(net, state[weights], "the checkpoint").eval()
 
 def find_checkpoint(stages=("t2i", "t2v")):
-    """The path of the newest t2i or t2v run's ema.safetensors under runs/, else of
-    assets/nano.safetensors. ValueError if there is neither, or a newer file is damaged."""
+    """The newest runs/*/ema.safetensors whose stage is in `stages`, else assets/nano.safetensors if
+    its stage is. Returns a path. ValueError if there is neither, or a newer file is damaged."""
     runs = sorted(Path("runs").glob("*/ema.safetensors"), key=lambda p: -p.stat().st_mtime)
     shipped = Path(__file__).resolve().parent / "assets" / "nano.safetensors"
     for path in [*runs, shipped]:                # folders have any name; the file says its stage

@@ -8,7 +8,7 @@ sample.py: prompt in, picture or clip out. It also grades, compares, and looks i
     python sample.py "a green star" --init-image a.png --mask half.png       # draw a part anew
     python sample.py "a red circle moving left" --first-frame a.png --frames 8 --out out.gif
     python sample.py "a red circle and a blue ring" --strip                  # how it came about
-    python sample.py "a red circle and a blue ring" --attention              # what each word sees
+    python sample.py "a red circle and a blue ring" --attention              # where words are seen
     python sample.py --bench --cfg 1,2,4,8 --category color                  # graded, a table
     python sample.py --compare a/ema.safetensors b/ema.safetensors           # which draws better?
 
@@ -59,7 +59,7 @@ def parser():
     add = p.add_argument_group("what to draw").add_argument
     add("prompt", nargs="*", help="one or more sentences")
     add("--prompts", metavar="FILE", help="a text file, one prompt a line")
-    add("--negative", metavar="TEXT", default="", help="what not to draw, for the null text")
+    add("--negative", metavar="TEXT", default="", help="what not to draw: replaces the null text")
     add("--per-prompt", type=D.number(int, 1, 10_000), default=1, help="pictures a prompt (1)")
     add("--seed", type=D.number(int, 0, 2 ** 31 - 1), default=0, help="of the first picture (0)")
     add("--size", type=D.picture_size, help="H or HxW in pixels (as trained)")
@@ -79,7 +79,7 @@ def parser():
     add("--cfg", type=listed(D.number(float, 0, 100)), default=[None], metavar="l_T", help="text "
         "guidance, uncond + l_T (cond - uncond); 1 = none (2; models of a paper's preset: 7.5)")
     add("--motion", type=listed(motion), default=[1.0], metavar="l_M",
-        help="motion-free guidance of clips: 1 = none (1); more motion above it; 'off': no motion")
+        help="motion-free guidance of clips: 1 = none (1), more above it; 'off': identity mask")
     add("--steps", type=listed(D.number(int, 1, 1000)), default=[25], help="of the sampler (25)")
     add("--sampler", choices=tuple(G.SAMPLERS), help="(pc; models of a paper's preset: ddpm)")
     add("--precision", choices=("fp32", "bf16"), help="(bf16 on a GPU, else fp32)")
@@ -94,7 +94,7 @@ def parser():
     add = p.add_argument_group("grading, on the shapes world").add_argument
     add("--n", type=D.number(int, 1, 10_000), help="prompts a category (100)")
     add("--quick", action="store_true", help="20 prompts a category")
-    add("--split", choices=("seen", "unseen"), default="seen", help="pairs that trained (seen)")
+    add("--split", choices=("seen", "unseen"), default="seen", help="trained or new pairs (seen)")
     add("--category", nargs="+", choices=tuple(D.SCORED_ON), help="only these")
     add("--json", metavar="FILE", help="all verdicts and settings (bench.json, study.json)")
     return p
@@ -114,8 +114,8 @@ def read_prompts(args):
     return prompts, [args.seed + k for k in range(len(prompts))]
 
 def check_words(encoder, prompts):
-    """Raises ValueError for a prompt that is too long or has a word that the encoder does not know:
-    the model would silently draw something else."""
+    """Raises ValueError for a prompt of too many characters, or with a word that the encoder does
+    not know: the model would silently draw something else."""
     for prompt in prompts:
         if len(prompt) > D.MAX_CAPTION:
             raise ValueError(f"a prompt has more than {D.MAX_CAPTION} characters: {prompt[:40]}...")
@@ -130,8 +130,8 @@ def bench_prompts(args, encoder):
     n, asked = args.n or (20 if args.quick else 100), {}
     clips, pictures = D.CLIP_CATEGORIES, (*D.CATEGORIES, "numeracy")
     for name in args.category or (clips if args.frames > 1 else pictures):
-        # The noise depends on category and place alone: one category alone has the score that it
-        # has in the whole table. (crc32, as Python's hash() differs in every process)
+        # The noise depends on --seed, category and place. So a category has the same score with and
+        # without the others. (crc32, as Python's hash() differs in every process)
         items = [(prompt, args.seed + zlib.crc32(f"{name} {k}".encode())) for k, prompt in
                  enumerate(D.prompts(name, n, args.split)) if not encoder.unknown(prompt)]
         if items:
@@ -234,6 +234,11 @@ def draw(args):
                        *([] if inside else [".gif", ".mp4", "/"]))
     sampler = Sampler(args, args.ckpt)
     check_words(sampler.net.text, prompts)
+    flags, said = sampler.state["flags"], {*G.split_words(" ".join(prompts))}
+    if (flags.get("data"), flags.get("world")) == ("shapes", "basic") and (
+            new := sorted(said - {*D.vocabulary("basic")})):
+        D.say(f"note: this model learned the basic world, which has no {', '.join(new)}; try "
+              f"--ckpt assets/nano.safetensors")
     if inside:
         save(path, [inside(sampler, prompts, seeds)], sampler.fps)
     else:
@@ -400,7 +405,7 @@ def strip(sampler, prompts, seeds, moments=12):
 def attend(cross, x, k, mask):
     """Attention's weights: x (B, N, width), k (B, heads, L, d), mask bool (B, L) -> (B, N, L), mean
     over heads. They sum to 1 over the L words."""
-    # Computed again here, as fused attention never holds them in memory
+    # Computed again here: `G.attend` does not return them
     q = cross.q_norm(cross.split(cross.q(x)))                              # (B, heads, N, d)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])              # (B, heads, N, L)
     return scores.masked_fill(~mask[:, None, None, :], -math.inf).softmax(-1).mean(1)

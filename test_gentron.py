@@ -1413,6 +1413,7 @@ def test_the_log_is_mended_or_left_alone(here, tiny_run, monkeypatch):
     assert log.read_text() == theirs
     (log := train.Log(Path("x"), 0)).add(1, noise(4), torch.tensor([0, 250, 749, 999]), 0, 1, 1)
     assert log.rows[0][2:6] == noise(4).tolist()            # each in its band of noise
+    assert log.add(2, noise(4) * math.nan, None, 0, math.nan, 1) == log.rows[0][1]     # a bad step
 
 def test_a_part_of_a_folder_never_trains_and_is_watched(here, monkeypatch, sheets):
     """Previews are spread over what trains; the held-out loss stands in the log and the plot."""
@@ -1535,7 +1536,8 @@ def test_only_a_name_that_was_typed_is_downloaded(here, monkeypatch):
 def encode(*flags, out="cache"):
     """train.py --stage encode -> the cache's folder."""
     own = NET if "--vae" not in flags else []
-    run(train, "--stage", "encode", "--workers", 0, "--size", 32, *own, *flags, "--out", out)
+    said = run(train, "--stage", "encode", "--workers", 0, "--size", 32, *own, *flags, "--out", out)
+    assert ("train.py --stage t2v --data" in said) == ("--frames" in flags)
     return Path(out)
 
 def test_training_from_a_cache_is_training_from_the_pictures(here, monkeypatch):
@@ -1597,15 +1599,14 @@ def test_cached_features_stand_in_for_frozen_encoders(here, pretrained, monkeypa
     assert state["vae"] == {"name": vae[1]} and state["text"]["spec"] == spec
     assert all(name.startswith("model.") for name in state["weights"])
     run(sample, RED, "--ckpt", cached / "ema.safetensors", "--steps", "2")      # encoders again
+    refused(train, [*TINY, "--stage", "vae", "--init", cached / "ema.safetensors"], "pretrained")
     shutil.copytree(pretrained / "t5", "my_t5")
     encode(*vae, "--text", "my_t5", out="cache5")
     refused(train, [*TINY, *vae, "--data", "cache5", "--steps", "1", "--text", spec],
             "encode again")
 
 # ---- Sizes, speeds, several processes, kills -----------------------------------------------------
-def peak_memory():
-    """The most memory this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if POSIX else 0
+peak_memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if POSIX else 0
 
 def test_dry_run_and_benchmark_tell_sizes_and_speeds_and_write_nothing(here):
     before, files = peak_memory(), files_here()
@@ -1817,6 +1818,9 @@ def test_seed_and_prompt_decide_a_picture_and_its_neighbours_do_not(here):
     assert not near(many[0], many[1], 5) and not near(many[0], many[4], 5) and many[0].size == 3072
     assert D.Folder("many").captions == [RED] * 2 + ["a blue star"] * 2 + [RED] * 2
     assert '"00002.png"' in Path("many/captions.jsonl").read_text().splitlines()[2]
+    basic = random_state("t2i", flags={"data": "shapes", "world": "basic"})
+    G.save_checkpoint("b.safetensors", basic)
+    assert "no large, striped;" in run(sample, "a large striped ring", "--ckpt", "b.safetensors")
 
 @pytest.mark.parametrize("sampler", G.SAMPLERS)
 def test_a_clip_is_its_own_and_a_pictures_caption_is_a_still(here, sampler):
@@ -1968,14 +1972,12 @@ def test_the_bench_asks_fixed_prompts_that_the_model_can_read_whatever_the_batch
     G.save_checkpoint("young.safetensors", random_state("t2i", words=["pug"], spec="labels"))
     refused(sample, ["--bench", "--ckpt", "young.safetensors"], "no sentence")
 
-def blank(self, prompts, *_, **__):
-    """In place of Sampler.__call__: empty pages."""
-    return np.full((len(prompts), self.args.frames, 64, 64, 3), 246, np.uint8)
-
 def test_the_bench_gives_a_perfect_sampler_all_and_a_blank_one_nothing(here, monkeypatch):
     """The truth, drawn in place of the model, against an empty page: pictures, then clips."""
     perfect = lambda self, prompts, seeds, *_, **__: np.stack(
         [D.truth(prompt, seed, (64, 64), self.args.frames) for prompt, seed in zip(prompts, seeds)])
+    blank = lambda self, prompts, *_, **__: np.full(
+        (len(prompts), self.args.frames, 64, 64, 3), 246, np.uint8)
     right, wrong = {}, {}
     for draw, scores in ((perfect, right), (blank, wrong)):
         monkeypatch.setattr(sample.Sampler, "__call__", draw)
@@ -2069,9 +2071,8 @@ train --steps 10000000000000000000 | --steps || train --batch-size 400000000 | -
 train --grad-accum 3 | --grad-accum || train --stage t2v --frames 1 | t2i
 train --data nowhere | nowhere || train --data empty | empty || train --vae old.pt | .pt again
 train --data few --text labels | folders || train --vae gone.safetensors | gone.s
-train --init gone.safetensors | gone.s || train --init vae.safetensors | autoencoder
-train --init t2v.safetensors | t2v
-train --init raw.safetensors | raw.s fit || train --device abacus | abacus
+train --init gone.safetensors | gone.s || train --init t2v.safetensors | t2v
+train --init vae.safetensors | autoencoder || train --init raw.safetensors | raw.s fit
 train --text none+small | none || train --text small+ | text || train --text nobody/nothing | pip hf
 train --vae nobody/nothing | pip hf || train --objective eps | cosine z0 || train --fsdp | torchrun
 train --objective v --schedule straight | flow || train --out /proc/nowhere/run | /proc
@@ -2080,7 +2081,7 @@ train --stage vae --compile | vae || train --stage encode --dry-run | encode
 train --data few --frames 2 | t2v || train --stage encode --data few --text clip | pip
 train --stage t2v --data few --init t2i.safetensors --frames 2 | --image-data
 train --stage vae --size 60 | by 8 || train --data deep | deep || train --data loop | loop
-train --out loop | loop
+train --out loop | loop || train --device abacus | abacus
 sample --compare odd few | odd || sample --bench --category motion | 8 || sample | no prompt
 sample --prompts gone.txt | gone.txt || sample --prompts blank.txt | no prompt
 sample --prompts binary.txt | UTF-8 || sample --prompts few | few || sample 'a rde circle' | rde red

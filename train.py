@@ -1,5 +1,5 @@
 """
-train.py: one loop, four stages:   vae -> (encode) -> t2i -> t2v
+train.py: stages vae -> (encode) -> t2i -> t2v; all but encode share one loop
 
     python train.py                                   # text to image on the shapes world
     python train.py --data my_pictures --steps 20000  # your own pictures and captions
@@ -75,8 +75,8 @@ DEFAULTS = {
 }
 WARMUP = 100            # OURS: steps over which the learning rate rises
 DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)      # items of the shapes world
-WIDER = dict(basic=1, full=3)           # the full world says more, so it has more t2i and t2v items
-PREVIEW_SEED = 10 ** 6  # the dataset seed of the previews' prompts; no run trains on it
+PREVIEW_SEED = 10 ** 6  # the dataset seed of the previews' prompts
+as_typed = lambda x: "x".join(map(str, x if isinstance(x, (list, tuple)) else [x]))    # 64x64
 # The fields of the model's config that are flags: a new field becomes a flag by itself
 CONFIG = {f.name: f for f in dataclasses.fields(G.GenTronConfig) if "help" in f.metadata}
 
@@ -88,15 +88,13 @@ def parser():
     yes = dict(action="store_true", default=False)
     either = dict(action=argparse.BooleanOptionalAction)   # --flag and --no-flag
     group = p.add_argument_group("what to train")
-
     def add(flag, help, default=None, **options):
         """One flag. Its help ends with the default that the code uses."""
         row = DEFAULTS.get(flag[2:].replace("-", "_"), (default,))
-        write = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
         if len(set(row)) > 1:
-            help += f" ({', '.join(f'{c}: {write(v)}' for c, v in zip(COLUMNS, row))})"
+            help += f" ({', '.join(f'{c}: {as_typed(v)}' for c, v in zip(COLUMNS, row))})"
         elif row[0] is not None and row[0] is not False:
-            help += f" ({write(row[0])})"
+            help += f" ({as_typed(row[0])})"
         group.add_argument(flag, help=help, default=default, **options)
 
     add("--stage", "what to train or make", "t2i", choices=("vae", "encode", "t2i", "t2v"))
@@ -113,13 +111,13 @@ def parser():
     add("--noise-shift", "lowers log(alpha / sigma) at every t", type=D.number(float, -5, 5))
     group = p.add_argument_group("data")
     add("--data", "shapes, a folder of pictures or clips, or a cache of --stage encode", "shapes")
-    add("--image-data", "t2v: pictures for joint training, shapes or a folder")
+    add("--image-data", "t2v: pictures for joint training: shapes, a folder or a cache")
     add("--world", "how much the shapes world shows", choices=("basic", "full"))
     add("--size", "H or HxW in pixels", type=D.picture_size)
     add("--frames", "t2v: frames a clip", type=D.number(int, 1, 1024))
     add("--fps", "t2v: frames a second", type=D.number(float, 0.01, 1000))
     # OURS: the three rates. The paper drops text and motion, and does not say how often.
-    add("--p-drop-text", "share of captions that are dropped", 0.1, type=share)
+    add("--p-drop-text", "share of captions dropped (of stills at least 0.3)", 0.1, type=share)
     add("--p-motion-free", "t2v: share of stills, with the identity mask", 0.1, type=share)
     add("--p-first-frame", "t2v: share of clips whose first frame is given", type=share)
     group = p.add_argument_group("optimisation")
@@ -129,7 +127,7 @@ def parser():
     add("--grad-accum", "micro-batches a step", 1, type=count)
     add("--lr", "AdamW's learning rate", type=share)
     add("--lr-decay", "from this step on the rate falls as 1 / sqrt(step); 0 = never", type=step)
-    add("--layout-steps", "so many steps near pure noise only (your own data: 0)", type=step)
+    add("--layout-steps", "first steps, at the noisiest 3 tenths of t (own data: 0)", type=step)
     add("--ema", "decay of the averaged weights", type=share)
     add("--seed", "of all that is random", 0, type=D.number(int, 0, 2 ** 31 - 1))
     group = p.add_argument_group("the run")
@@ -178,7 +176,7 @@ class Latents:
         if self.chunks is None:
             z, captions = self.dataset[[self.order[i] for i in places]]
             return torch.as_tensor(z), list(captions)
-        chunks = range(len(self.captions), max(places) + 1, CHUNK)     # after a resume: nearly all
+        chunks = range(len(self.captions), max(places) + 1, CHUNK)     # after a resume: many
         for _ in tqdm(chunks, "encoding", leave=False, disable=len(chunks) < 32 or rank() > 0):
             clips, captions = next(self.chunks)
             self.z += latents_of(self.vae, clips, self.device)         # rows (F, C, h, w)
@@ -348,11 +346,12 @@ def train(args):
     log.save()
     if in_a_row:
         raise ValueError(f"no finite gradient in {in_a_row} steps, up to step {done}; they are not "
-                         f"saved; try a lower --lr, or --precision fp32")
+                         f"saved; try a lower --lr, or --precision fp32, in another --out")
     if done < args.steps:
         return say(f"stopped by {why} after step {done} of {args.steps}; the same command goes on")
-    use = f"To use it: python train.py --vae {shlex.quote(f'{out}/ema.safetensors')}" \
-        if args.stage == "vae" else f"To sample: python sample.py {shlex.quote(run.prompts[0])}"
+    file = shlex.quote(f"{out}/ema.safetensors")
+    use = f"To use it: python train.py --vae {file}" if args.stage == "vae" else \
+        f"To sample: python sample.py {shlex.quote(run.prompts[0])} --ckpt {file}"
     say(f"done: {out}/ema.safetensors. {use}" + f" --frames {args.frames}" * (args.frames > 1))
 
 # ==== Below: engineering, where a first reading may stop ==========================================
@@ -387,12 +386,11 @@ def prepare(args):
     known = last or init or {}
     config = vars(G.from_file(G.GenTronConfig, known["config"])) if "config" in known else {}
     saved = {k: v for k, v in {**known.get("flags", {}), **config}.items() if v is not None}
-    # A file's flags pass the checks of typed ones ([64, 64] as 64x64)
-    write = lambda value: "x".join(map(str, value if type(value) is list else [value]))
+    # A file's flags pass the checks of typed ones
     kept = {"world", "size", *OF_MODEL, *(["precision"] if last else [])}
     names = sorted({"preset", *kept} & {*saved} - {*CONFIG})
     try:
-        flags = [f"--{name.replace('_', '-')}={write(saved[name])}" for name in names]
+        flags = [f"--{name.replace('_', '-')}={as_typed(saved[name])}" for name in names]
         given = parser().parse_args(flags)
         saved |= {name: getattr(given, name) for name in names}
     except ValueError as error:
@@ -419,7 +417,8 @@ def prepare(args):
     for name in now:
         if name in fixed and was[name] != now[name]:
             raise ValueError(f"--{name.replace('_', '-')} was {was[name]} in {file}, now it is "
-                             f"{now[name]}; give it as it was, or leave it out, or another --out")
+                             f"{now[name]}; give it as it was, or "
+                             + ("another --out" if last else "leave it out"))
     if settings.batch_size % (processes() * settings.grad_accum) and stage != "encode":
         raise ValueError("--batch-size is not divisible by processes x --grad-accum")
     if stage in ("vae", "encode") and any(side % G.VAE.down for side in settings.size):
@@ -437,7 +436,6 @@ def setup(args):
     run.dataset, run.vae, run.state, run.prompts, run.first = dataset, vae, state, prompts, first
     say(f"{args.stage}: {sum(p.numel() for p in run.weights) / 1e6:.2f} M parameters, steps "
         f"{first} to {args.steps} of {args.batch_size} items, {args.device}, {args.precision}")
-    # "-dirty": these are not quite that commit's files. "": no git or no repository
     git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude=*", shell=True,
                          cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
     state["made"] = last["made"] if last else {
@@ -445,7 +443,7 @@ def setup(args):
     if (before := state["made"].get("items", len(dataset))) != len(dataset):
         say(f"note: this run began with {before!s:.20} items, now there are {len(dataset)}")
     config = {"program": "gentron", "flags": flags_of(vars(args)), "made": state["made"]}
-    if rank() == 0:                                        # to be read by people
+    if rank() == 0:                                        # for people, and `claim_folder`
         with D.writing(Path(args.out) / "config.json") as file:
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shape = (args.batch_size, args.frames, vae.channels, *(side // vae.down for side in args.size))
@@ -463,8 +461,7 @@ def start(net, args, last=None):
     """A net -> what the training step takes: net, its averages, both parameter lists, AdamW."""
     ema, file = copy.deepcopy(net), f"{args.out}/{FILES[0]}"
     if last:
-        averages = last["vae"].get("weights", {}) if args.stage == "vae" else last["ema"]
-        G.load_weights(ema, averages, file)
+        G.load_weights(ema, last["ema"] if args.stage != "vae" else last["vae"]["weights"], file)
     blocks = net.model.blocks if args.stage != "vae" else []
     for block in blocks:                # in place: the names of the weights stay
         if args.compile:                # first, as torch.compile skips what `checkpoint` wraps
@@ -496,7 +493,8 @@ def start(net, args, last=None):
 def open_data(args):
     """-> (dataset, held, pictures, prompts): what trains, what is held out (or None), the pictures
     for joint training (or None), the previews' captions. Sets --text to what the data offer."""
-    shapes, stage, more = args.data == "shapes", args.stage, WIDER[args.world]
+    # The full world says more, so it has more items
+    shapes, stage, more = args.data == "shapes", args.stage, 3 if args.world == "full" else 1
     n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
     # Every second (vae) or fourth picture of the full world shows its hardest: things that touch
     mixed = ("full",) * (1 if stage == "vae" else 3) + ("touching",)
@@ -509,7 +507,7 @@ def open_data(args):
     if stage in ("t2i", "t2v") and args.text is None:
         words = "small" if shapes or any(dataset.captions) else "none"
         args.text = cache_of(dataset) and dataset.text_spec or words
-    # The previews' captions: of the shapes twelve that no run trains on, else twelve that train
+    # The previews' captions: of the shapes twelve of another seed, else twelve that train
     prompts = [D.Shapes(level, 12, PREVIEW_SEED, args.size, args.frames).scene(i).caption()
                for i in range(12)]
     if not shapes:
@@ -534,6 +532,8 @@ def build(args, data, last, init, typed):
     known, path = last or init, f"{args.out}/{FILES[0]}" if last else args.init
     if args.stage == "vae":
         net = G.build_vae(known) if known else G.VAE(args.channels)
+        if not isinstance(net, G.VAE):
+            raise ValueError(f"{path} has a pretrained autoencoder; it cannot be trained here")
         if net.channels != args.channels:
             raise ValueError(f"{path} has {net.channels} latent channels; --channels must say so")
         net = G.load_weights(net, last["weights"], path) if last else net
@@ -588,7 +588,7 @@ def vocabulary_of(dataset, spec):
         raise ValueError("--text labels needs class folders (corgi/1.jpg); try --text small")
     if spec == "labels" or "small" not in spec.split("+"):
         return list(dataset.labels) if spec == "labels" else []
-    if cache_of(dataset) or isinstance(dataset, D.Shapes):     # (with the words for motions)
+    if cache_of(dataset) or isinstance(dataset, D.Shapes):     # (with the words of all worlds)
         return list(dataset.vocabulary) if cache_of(dataset) else D.vocabulary()
     # The commonest 8192, sorted: the order of files must not decide which vector is whose
     counts = collections.Counter(w for caption in dataset.captions for w in G.split_words(caption))
@@ -608,7 +608,7 @@ def join_processes(name, sharded):
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count < 1 or count == 1 and sharded:
         raise ValueError(f"{count} process(es); try torchrun --nproc_per_node=2 train.py ...")
-    if name is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+    if name in (None, "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"          # a GPU each
     device = G.pick_device(name)
     if device.type == "cuda":
@@ -699,7 +699,7 @@ def fingerprint(vae, spec=None):
 
 def read_caches(data, vae, args):
     """A `StoredText` if all data are caches with the features of a frozen --text, else None. Raises
-    ValueError for a cache of another --vae or --text: the shapes agree, so nothing else would."""
+    ValueError for a cache of another --vae or --text: no check of shapes would notice it."""
     frozen, caches = is_frozen(args.text), [cache_of(dataset) for dataset in data]
     for cache in filter(None, caches):
         spec = cache.text_spec if frozen else None
@@ -763,9 +763,9 @@ def encode(args):
                 writer.append(z, captions, features if text else None)
                 bar.update(len(captions))
     barrier(args)                                          # all parts are written
-    say(f"stopped by {why}. To go on: the same command" if why else
-        f"done: {len(dataset):,} items; python train.py --data {shlex.quote(args.out)}"
-        + (f" --vae {shlex.quote(args.vae)}" if args.vae else ""))
+    own = f" --vae {shlex.quote(args.vae)}" if args.vae else ""
+    say(f"stopped by {why}. To go on: the same command" if why else f"done: {len(dataset)} items; "
+        f"python train.py{' --stage t2v' * (args.frames > 1)} --data {shlex.quote(args.out)}{own}")
 
 # ---- 10. The run folder --------------------------------------------------------------------------
 FILES = ("last.safetensors", "ema.safetensors", "config.json", "log.csv", "loss.png")
@@ -842,7 +842,7 @@ def save(run, step, args):
 def measure_latents(vae, dataset, args, n=512):
     """Measures mean and standard deviation of each latent channel over n items, and keeps them in
     the autoencoder. They are those of drawn latents, noise included, as in Stable Diffusion."""
-    numbers, parts = spread(len(dataset), n), []           # class folders must not come in turn
+    numbers, parts = spread(len(dataset), n), []           # evenly: some of every class folder
     for i in range(0, len(numbers), CHUNK):
         clips = np.stack([dataset[k][0] for k in numbers[i:i + CHUNK]])
         parts.append(vae.posterior(G.to_float(clips).to(args.device)))
@@ -857,7 +857,7 @@ def save_sheets(path, sheets, fps):
         with D.writing(f"{path}.{'gif' if len(sheets) > 1 else 'png'}") as file:
             D.save_gif(file, sheets, fps) if len(sheets) > 1 else sheets[0].save(file)
 
-# column of log.csv: (name, colour). Which band falls says what is learned: layout at most noise
+# column of log.csv: (name, colour). The band of most noise falls while the layout is learned
 CURVES = {"loss": ("loss", "#111111"), "loss_t0": ("least noise", "#4477dd"),
           "loss_t1": ("some", "#44aa66"), "loss_t2": ("more", "#dd9933"),
           "loss_t3": ("most noise", "#cc4444"), "held_out": ("held out", "#aa44aa")}
@@ -884,7 +884,7 @@ class Log:
         means = [losses.mean(), *(losses[band == k].mean() for k in range(4)), held]
         skipped = (self.rows[-1][-2] if self.rows else 0) + (not math.isfinite(norm))
         self.rows.append([step, *map(float, means), norm, skipped, round(speed, 1)])
-        return np.mean([row[1] for row in self.rows[-100:]])
+        return np.nanmean([row[1] for row in self.rows[-100:]])
     def save(self):
         """Writes the file anew."""
         cell = lambda x: "" if math.isnan(x) else f"{x:.9g}"
