@@ -48,7 +48,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {"red": (222, 38, 38), "green": (38, 158, 62), "blue": (44, 78, 222),
           "yellow": (246, 208, 40), "purple": (134, 52, 178), "orange": (244, 130, 24),
           "pink": (248, 130, 196), "cyan": (52, 200, 224)}
-GROUND, INK = (247, 245, 240), (38, 38, 48)                 # off-white; of stripes, dots, checks
+GROUND, INK = (247, 245, 240), (38, 38, 48)                 # paper; stripes, dots, checks
 TEXTURES = ("striped", "dotted", "checkered")               # "solid" is not said in a caption
 COUNTS = {"a": 1, "two": 2, "three": 3, "four": 4}
 SIZES = {"small": (0.105, 0.115), "medium": (0.155, 0.170), "large": (0.225, 0.245)}      # radii
@@ -57,7 +57,7 @@ TOUCHING = ("inside", "in front of")
 RELATIONS = (*DIRECTIONS, *TOUCHING)
 STEPS = dict(zip(("moving left", "moving right", "moving up", "moving down"), DIRECTIONS.values()))
 MOTIONS = (*STEPS, "growing", "shrinking", "staying still")
-# Never in training, but each of their words is: these pairs test whether a model composes words
+# Training never shows these pairs, but shows each of their words: can a model combine words?
 HELD_OUT = frozenset(zip(COLORS, ("cross", "ring", "triangle", "star", "square", "circle", "cross",
                                   "star")))
 PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)
@@ -66,7 +66,7 @@ SEEN_PAIRS = tuple(p for p in PAIRS if p not in HELD_OUT)
 plural = lambda shape: shape + ("es" if shape.endswith("s") else "s")      # 'cross' -> 'crosses'
 
 def vocabulary(level="full"):
-    """Every word that a caption can hold, sorted; also those of motions, for a video model."""
+    """Every word of captions, sorted ("an" is read as "a"); motions too, for a video model."""
     basic = (*SHAPES, *COLORS, *DIRECTIONS, *MOTIONS, "a", "and")
     more = (*map(plural, SHAPES), *TEXTURES, *COUNTS, *RELATIONS, "small", "large")
     return sorted({*" ".join(basic + more * (level == "full")).split()})
@@ -121,8 +121,8 @@ def is_picture(caption):
         return not any(thing.motion for thing in parse(caption).things)
     return False
 
-# ---- 2. The shapes world: choosing a scene. One random draw more changes every picture.
-SAID = {"count": 0.4, "size": 0.4, "texture": 0.5}          # how often the full world says each
+# ---- 2. The shapes world: choosing a scene. An additional random draw changes every picture.
+SAID = {"count": 0.4, "size": 0.4, "texture": 0.5}          # chances; a drawn count is 1 to 4
 
 def _pick(rng, options):
     return options[int(rng.integers(len(options)))]
@@ -138,7 +138,7 @@ def _choose_words(rng, level, frames, pairs):               # -> a Scene without
     things = []
     while len(things) < n:
         color, shape = _pick(rng, pairs)
-        touches = relation in TOUCHING and len(things) == 1    # of one colour: no edge between
+        touches = relation in TOUCHING and len(things) == 1    # one colour has no edge
         if not any(t.color == color and (touches or t.shape == shape) for t in things):
             things.append(Thing(color, shape))
     for k, thing in enumerate(things):
@@ -193,7 +193,7 @@ def _propose(rng, scene, owner, placed, high, wide, n=40):  # n candidates for a
     if twin is not None:                                    # instances of one thing are equal
         low = top = twin[0, 2]
     r, x, y = (rng.uniform(*limits, n) for limits in ((low, top), (0, wide), (0, high)))
-    if owner == 1 and scene.relation in TOUCHING:           # relative to the first: no luck needed
+    if owner == 1 and scene.relation in TOUCHING:           # placed relative to the first
         x1, y1, r1 = placed[0][1][0]
         if scene.relation == "inside":
             x, y = ((x1, y1) + rng.uniform(-0.012, 0.012, (n, 2))).T
@@ -214,7 +214,7 @@ def _propose(rng, scene, owner, placed, high, wide, n=40):  # n candidates for a
 
 def _fits(scene, owner, tracks, placed, high, wide):        # bool (n,): which tracks are possible
     edge, thing = 0.02, scene.things[owner]
-    u = np.linspace(0, 1, 7 if scene.things[0].motion else 1)[None, :, None]
+    u = np.linspace(0, 1, 7 if any(t.motion for t in scene.things) else 1)[None, :, None]
     path = tracks[:, :1] * (1 - u) + tracks[:, 1:] * u      # (n, 7, 3): of a clip, seven moments
     x, y, r = path[..., 0], path[..., 1], path[..., 2]      # (n, 7) each
     good = ((x > r + edge) & (x < wide - r - edge) & (y > r + edge) & (y < high - r - edge)).all(1)
@@ -229,7 +229,7 @@ def _fits(scene, owner, tracks, placed, high, wide):        # bool (n,): which t
         if relation == "in front of":
             good &= _hides(scene.things[0].shape, track[0], thing.shape, tracks[:, 0])
         if relation in DIRECTIONS:
-            ax, ay = np.array(DIRECTIONS[relation]) * (1 if owner == 0 else -1)
+            ax, ay = -np.array(DIRECTIONS[relation])        # owner is 1, other is 0
             along, across = dx * ax + dy * ay, abs(dx * ay) + abs(dy * ax)
             good &= ((along > 0.22) & (along > 1.35 * across)).all(1)      # within 36 degrees
     return good
@@ -285,7 +285,7 @@ def draw(scene, size=(64, 64), frames=1):
         thing, u = scene.things[owner], f / max(1, frames - 1)
         cx, cy, r = (start * (1 - u) + end * u) * min(size)  # pixels
         x0, x1 = max(0, int(cx - r - 2)), min(size[1], int(cx + r + 3))
-        y0, y1 = max(0, int(cy - r - 2)), min(size[0], int(cy + r + 3))    # the box around it
+        y0, y1 = max(0, int(cy - 1.04 * r - 2)), min(size[0], int(cy + r + 3))     # 1.04: a star
         x = (np.arange(x0, x1) + 0.5 - cx)[None, :] / r      # (1, w); + 0.5: a pixel's middle
         y = (np.arange(y0, y1) + 0.5 - cy)[:, None] / r      # (h, 1)
         # A pixel is half covered if the outline runs through its middle
@@ -367,21 +367,21 @@ def _shifted(a, fill):                                       # the four neighbou
 def _blobs(mask):                      # connected components: a list of bool (H, W)
     n = mask.size                                            # stands for "not in the mask"
     label = np.where(mask, np.arange(n).reshape(mask.shape), n)
-    while True:                        # the smallest index around, and the index that this one has
+    while True:                        # take the smallest label around, then that label's label
         least = np.where(mask, np.minimum(label, np.minimum.reduce(_shifted(label, n))), n)
         least = np.append(least, n)[least]                   # pointer jumping
         if (least == label).all():
             return [label == k for k in np.unique(label[mask])]
         label = least
 
-def _grow(label, room):                # pixels (-1) of `room` take a neighbour's label, to the end
+def _grow(label, room):                # labels spread into the unlabelled (-1) pixels of `room`
     while True:
         near = np.where(room & (label < 0), np.maximum.reduce(_shifted(label, -1)), -1)
         if (near < 0).all():
             return label
         label = np.where(near >= 0, near, label)
 
-def _count(mask, k):                   # (H, W): how many pixels of it lie in 2k + 1 squared around
+def _count(mask, k):                   # (H, W): the mask's pixels in a square of side 2k + 1
     total = np.pad(mask, ((k + 1, k), (k + 1, k))).cumsum(0, dtype=np.int32).cumsum(1)
     n = 2 * k + 1
     return total[n:, n:] - total[:-n, n:] - total[n:, :-n] + total[:-n, :-n]
@@ -398,7 +398,7 @@ def _label(color, cover, dark):        # yields each blob, and its pixels' colou
         core = np.full_like(label, -1)
         for c in np.unique(label[blob & (label >= 0)]):
             own = _thick(label == c)
-            if own.sum() >= 0.0025 * area:                   # 10 pixels: a region of its own
+            if own.sum() >= 0.0025 * area:                   # over 10 pixels: a region
                 core[own] = c
         yield blob, _grow(core if (core >= 0).any() else label, blob)  # thin parts follow others
 
@@ -407,7 +407,7 @@ def _depth(shape, spots, size, corner=(0, 0), stride=1):    # distance to a shap
     x, y = (np.arange(n, dtype=np.float32) * stride + c + 0.5 for n, c in zip(size[::-1], corner))
     return distance(shape, (x - cx) / r, (y[:, None] - cy) / r) * r               # (K, h, w)
 
-def _overlap(shape, spots, cover, free, corner, stride=1):  # intersection over union, (K,) 0..1
+def _overlap(shape, spots, cover, free, corner, stride=1):  # (K,): IoU - 0.03 x hidden share
     ideal = np.clip(0.5 - _depth(shape, spots, cover.shape, corner, stride), 0, 1)     # (K, h, w)
     shown = ideal * free
     charge = 1 - shown.sum((1, 2)) / np.maximum(ideal.sum((1, 2)), 1e-6)   # hiding costs a little
@@ -458,7 +458,7 @@ def _fit(cover, own, hidden=None):     # the region `own` -> (overlap, shape, (x
         refined.append((float(score), shape, spot))
     return max(refined, key=lambda g: g[0])
 
-def _texture(shape, spot, dark, inside):                     # the pattern of the ink at the pixels
+def _texture(spot, dark, inside):                            # the pattern of the ink at the pixels
     if inside.sum() < 4:                                     # `inside`, bool (H, W)
         return "unclear"
     values = dark[inside]                                    # (n,)
@@ -481,7 +481,7 @@ def _peel(blob, label, cover, dark):   # -> [Seen, ...], front to back: what loo
     waiting = [int(c) for c in np.unique(label[blob & (label >= 0)])]              # colours
     if not waiting:                                          # ink only
         waiting, label = [-1], np.where(blob, -1, -2)
-    if len(waiting) > 3:                                     # the world never has three touching
+    if len(waiting) > 3:                                     # in the world at most two touch
         return [_shapeless(label == c, names[c]) for c in waiting]
     seen, hidden = [], np.zeros_like(blob)                   # hidden: by the objects seen so far
     while waiting:
@@ -494,13 +494,13 @@ def _peel(blob, label, cover, dark):   # -> [Seen, ...], front to back: what loo
             if len(waiting) > 1 and 9 < bare.sum() < 0.9 * own.sum():
                 best = max(best, _fit(cover, bare, over), key=lambda fit: fit[0])
             depth = _depth(best[1], best[2][None].astype(float), cover.shape)[0]   # (H, W)
-            deep = depth < -0.5                              # one behind contains pixels of others
+            deep = depth < -0.5                              # a shape behind covers others' pixels
             theft = (others & ~own & deep).sum() / max(1, deep.sum())
             tries.append((best[0] - 4 * theft, c, best, depth))
         _, c, (overlap, shape, spot), depth = max(tries, key=lambda t: t[0])
         mask, near = depth < 0, depth < 1.0                  # near: with the rim of blended colours
         owned = mask & blob & ~hidden
-        texture = _texture(shape, spot, dark, owned & (depth < -0.8))    # without the soft edge
+        texture = _texture(spot, dark, owned & (depth < -0.8))           # without the soft edge
         clear = overlap > 0.78 - 1 / spot[2]                 # small objects have much edge
         seen.append(Seen(names.get(c, "unclear"), shape if clear else "unclear", texture,
                          *(float(v / min(blob.shape)) for v in spot), mask, owned))
@@ -661,7 +661,7 @@ def _judge_motion(frames, mine, scene):     # a clip's own parts and reasons
             track = track * (1, 1, 2)                        # radii count twice
             step, start = np.polyfit(range(len(track)), track, 1)      # the best even walk, (3,)
             off = track - start - np.arange(len(track))[:, None] * step
-            if abs(off).max() > max(0.025, 0.6 * abs(step).max()):     # shuffled: a step or more
+            if abs(off).max() > max(0.025, 0.6 * abs(step).max()):     # shuffled frames lie off it
                 parts["smooth"] = False
                 reasons.append(f"{name} does not move evenly")
     return parts, reasons
@@ -709,9 +709,9 @@ def passed(verdict, category):
     return all(verdict.parts.get(part, False) for part in SCORED_ON[category])
 
 def prompts(category, n=100, split="seen"):
-    """The first n prompts of a category; where there are fewer, they start over. Most come as swap
-    pairs ("a red circle and a blue square", "a blue circle and a red square"): a model that ignores
-    word order fails one of each. split: "seen" uses SEEN_PAIRS alone, "unseen" HELD_OUT alone."""
+    """The first n prompts of a category; where there are fewer, they start over. split: "seen" uses
+    SEEN_PAIRS alone, "unseen" HELD_OUT alone. Many come as swap pairs, "a star above a ring" and "a
+    ring above a star": a model that ignores word order fails one. Unseen color, shape: no pairs."""
     if category not in SCORED_ON or split not in ("seen", "unseen"):
         raise ValueError(f"unknown category or split, {category} {split}")
     pairs = SEEN_PAIRS if split == "seen" else tuple(sorted(HELD_OUT))
@@ -728,13 +728,13 @@ def prompts(category, n=100, split="seen"):
     return found[:n]
 
 def truth(caption, seed=0, size=(64, 64), frames=1):
-    """A freshly drawn clip that shows the caption: uint8 (F, H, W, 3). ValueError as in `parse`."""
+    """A freshly drawn clip of a caption: uint8 (F, H, W, 3). ValueError as `parse`, or no room."""
     scene, rng = parse(caption), np.random.default_rng((seed, zlib.crc32(caption.encode())))
-    while not layout(rng, scene, tuple(side / min(size) for side in size)):
-        pass                                                 # rare: a crowd without a layout
+    if not any(layout(rng, scene, [side / min(size) for side in size]) for _ in range(100)):
+        raise ValueError(f"'{caption}' does not fit into a picture")
     return draw(scene, size, frames)
 
-def _ask(rng, category, pairs):        # one or two scenes: a prompt and its swap partner
+def _ask(rng, category, pairs):        # up to two scenes: a prompt and its swap partner
     if category in ("single", "pair"):                       # from the basic world
         scene = _choose_words(rng, "single" if category == "single" else "basic", 1, pairs)
         return [scene] if category == "single" or len(scene.things) == 2 else []
@@ -828,7 +828,7 @@ def writable(path, inside=None, inputs=()):
 @contextmanager
 def writing(path):
     """`with writing(path) as beside:` gives a file beside `path`, renamed to it at the end. After
-    an error (OSError names it) the old file stays."""
+    an error the old file stays; an OSError names the path."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
@@ -922,7 +922,7 @@ class Folder:
             self.how = listing.name
             with open_input(listing, MAX_FILE, root) as lines:
                 parts = iter(lambda: lines.readline(2 ** 20), b"")     # it may be one endless line
-                for number, line in enumerate(filter(bytes.strip, parts), 1):
+                for number, line in filter(lambda x: x[1].strip(), enumerate(parts, 1)):
                     try:
                         row = json.loads(line.decode("utf-8-sig"))
                         yield root / row["file"], " ".join(row["caption"].split())
@@ -931,7 +931,7 @@ class Folder:
                             'not UTF-8 JSON as {"file": "a.png", "caption": "a dog"}')
             return
         every = [p for p in sorted(root.rglob("*")) if "/." not in f"/{p.relative_to(root)}"]
-        texts = {p.with_suffix(""): p for p in every if p.suffix == ".txt"}
+        texts = {p.with_suffix(""): p for p in every if p.suffix.lower() == ".txt"}
         clips = {p for p in texts if p.is_dir() and _pictures_in(p)}
         files = [p for p in every if p in clips or p.suffix.lower() in PICTURES + VIDEOS
                  and p.parent not in clips and not p.is_dir()]
@@ -953,7 +953,7 @@ class Folder:
             if len(taken) == self.frames:
                 break
             pixels += image.width * image.height
-            if pixels > MAX_PIXELS * min(self.frames, 16):   # of a file of a few kilobytes, perhaps
+            if pixels > MAX_PIXELS * 16:                     # a small file can unpack to more
                 raise ValueError("too many pixels to decode")
             shown = fit(image, self.size)
         if shown is None:
@@ -998,7 +998,7 @@ def need_av(doing):
 
 @contextmanager
 def open_picture(file, inside=None):
-    """Image.open of six formats (PostScript would be run). ValueError or OSError for any other."""
+    """Image.open of six formats. Others: ValueError or OSError (pillow would run PostScript)."""
     try:
         with open_input(file, MAX_FILE, inside) as opened:
             yield Image.open(opened, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"))
@@ -1030,7 +1030,7 @@ def fit(image, size):
     return np.asarray(ImageOps.fit(image.convert("RGB"), size[::-1], Image.LANCZOS))
 
 class Subset:
-    """Some items of a Folder or a Cache. places (n,): their numbers there."""
+    """Some items of a Folder or a Cache. places (n,): the numbers of these items in it."""
     def __init__(self, dataset, places):
         self.dataset, self.places = dataset, places
     def __len__(self):
@@ -1042,7 +1042,7 @@ class Subset:
         return [value[i] for i in self.places] if name == "captions" else value
 
 def hold_out(dataset, seed, share=0.03):
-    """A Folder or Cache -> two Subsets: for training, and a random `share`, 0 of under 20 items."""
+    """Folder or Cache -> two Subsets: for training, a random `share` (none of under 20 items)."""
     count = max(1, round(len(dataset) * share)) if len(dataset) >= 20 else 0
     order = np.random.default_rng((seed, len(dataset))).permutation(len(dataset))
     return Subset(dataset, np.sort(order[count:])), Subset(dataset, np.sort(order[:count]))
@@ -1053,8 +1053,8 @@ def hold_out(dataset, seed, share=0.03):
 #   latents.p.f16        (rows, F, C, h, w)
 #   captions.p.jsonl     one JSON string a row
 #   tokens.k.p.f16       (T, D_k): encoder k's real tokens of "" and then of each distinct caption
-#   lengths.k.p.u32      how many of these tokens each distinct caption has
-#   pooled.p.f16         (distinct captions, sum of D_k)
+#   lengths.k.p.u32      how many of these tokens "" and each distinct caption have
+#   pooled.p.f16         ("" and the distinct captions, sum of D_k)
 CACHE_FORMAT = "gentron cache 2"
 _BAD = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
 
@@ -1207,7 +1207,7 @@ def contact_sheet(clips, captions, columns=6, notes=None, frame=0, cell=128):
     for k, (clip, (caption, note), (_, color)) in enumerate(zip(clips, lines, notes)):
         x, y = gap + k % columns * (cell + gap), gap + k // columns * room
         picture = Image.fromarray(clip[min(frame, len(clip) - 1)])
-        enlarge = Image.NEAREST if cell % w == 0 and cell > w else Image.LANCZOS   # or as squares
+        enlarge = Image.NEAREST if cell % w == 0 and cell > w else Image.LANCZOS   # or keep squares
         sheet.paste(picture.resize((cell, tall), enlarge), (x, y))
         pen.rectangle((x - 1, y - 1, x + cell, y + tall), outline=color, width=2 if note else 1)
         for n, line in enumerate(caption + note):
@@ -1280,9 +1280,9 @@ def preview(args):
         raise ValueError(f"cannot write '{out.suffix}' files, {out}; try .png or .gif")
     if args.n * args.frames * math.prod(args.size) > 2 ** 30:
         raise MemoryError                                    # a billion pixels
-    data = open_data(args.data, args.size, args.frames, args.fps, args.world, args.n, args.seed)
-    if isinstance(data, Cache):
+    if args.data != "shapes" and cache_index(args.data) is not None:
         raise ValueError(f"nothing to look at, {args.data} holds latents; try the pictures' folder")
+    data = open_data(args.data, args.size, args.frames, args.fps, args.world, args.n, args.seed)
     inputs = [file for file, _ in getattr(data, "items", ())]    # of a Folder
     say(*(data.report() if inputs else [f"the shapes world ({args.world}), seed {args.seed}"]))
     clips, captions = zip(*[data[i] for i in range(min(args.n, len(data)))])

@@ -378,7 +378,7 @@ class NoiseSchedule:
         if layout:
             # OURS: in much noise only the text tells what goes where; it is learned there first
             return torch.randint(7 * self.steps // 10, self.steps, (n,), generator=generator)
-        if self.objective == "eps":                        # uniform, as in DDPM and the paper
+        if self.objective == "eps":                        # uniform, as in DDPM
             return torch.randint(self.steps, (n,), generator=generator)
         # OURS: a logit-normal (Esser et al. 2024) of spread 1.5, not 1: high noise decides places
         t = torch.sigmoid(1.5 * torch.randn(n, generator=generator)) * self.steps

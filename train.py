@@ -61,7 +61,7 @@ DEFAULTS = {
     "batch_size":    (16,       64,       16,       256,         128),
     "lr":            (2e-3,     2e-3,     2e-3,     1e-4,        1e-4),
     "lr_decay":      (1_000,    1_000,    1_000,    0,           0),
-    "layout_steps":  (900,      900,      900,      0,           0),
+    "layout_steps":  (0,        900,      900,      0,           0),
     "ema":           (0.998,    0.998,    0.998,    0.9999,      0.9999),
     "objective":     ("v",      "v",      "v",      "eps",       "eps"),
     "schedule":      ("cosine", "cosine", "cosine", "linear",    "linear"),

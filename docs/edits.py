@@ -4,7 +4,7 @@ edits.py: how well do --first-frame, --mask and --negative work? Measured on the
     python docs/edits.py assets/nano.safetensors --n 100
 
 first frame: the world draws frame 0 of a `motion` prompt; the model draws the other seven.
-mask: the world draws "... left of ..." (of pictures with nothing across the middle); the right half
+mask: the world draws "... left of ..." (only pictures with an empty middle); the right half
 is drawn anew, with a green star in it.
 negative: "a red circle and a blue square"; then "a red circle left of a blue square" as --negative.
 """
@@ -28,7 +28,7 @@ def draw(sampler, prompts, seeds, frames=1, given=None, negative=""):
     """As sample.py does by default -> uint8 (B, F, H, W, 3)."""
     return G.generate(sampler.net.model, sampler.net.text, sampler.vae, sampler.net.schedule,
                       prompts, seeds, sampler.size, frames, given=given, negative=negative,
-                      device=sampler.device)
+                      cfg=sampler.cfg, sampler=sampler.method, device=sampler.device)
 
 
 @torch.no_grad()

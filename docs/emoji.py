@@ -36,7 +36,7 @@ def main(folder, *archives):
         if name := names.get(plain(emoji)):                  # flags have none
             name = name.replace("#", "number sign").replace("*", "asterisk")
             tones = [k for k in range(5) if chr(0x1f3fb + k) in emoji]
-            # OURS: of about 5 names in 9 one tone is held out, chosen by the name's checksum
+            # OURS: of 5 in 9 man, woman or person names one tone is held out, by checksum
             held = tones == [zlib.crc32(name.encode()) % 9] and re.match("(wo)?man |person ", name)
             caption = ", ".join([name, *(f"{TONES[k]} skin tone" for k in tones)])
             (heldout if held else train).setdefault(caption, file)       # one picture a caption

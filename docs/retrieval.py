@@ -1,5 +1,5 @@
 """
-retrieval.py: does a model draw what a name means? It is asked of pictures that no judge can read.
+retrieval.py: does a model draw what a name means? For pictures that the judge cannot read.
 
     python docs/retrieval.py runs/emoji/ema.safetensors emoji emoji-heldout --row row.png
 
@@ -44,7 +44,7 @@ def work(argv):
     p.add_argument("ckpt", help="ema.safetensors of a run")
     p.add_argument("seen", help="the folder that it was trained on")
     p.add_argument("heldout", help="a folder of names that it has not seen")
-    p.add_argument("--n", type=D.number(int, 1, 10 ** 6), default=200, help="names a folder (200)")
+    p.add_argument("--n", type=D.number(int, 1, 10 ** 6), default=200, help="per folder (200)")
     p.add_argument("--row", metavar="FILE.png", help="draw a row of held-out names")
     args = p.parse_args(argv)
     options, = sample.settings(sample.parser().parse_args(["--ckpt", args.ckpt]))
