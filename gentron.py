@@ -667,6 +667,13 @@ class Given:
     first_frame: bool = False            # the picture is a clip's first frame, and stays
 
 @torch.no_grad()
+def usual(preset=None):
+    """{"cfg", "sampler"}: how models of a preset draw by default; None is nano."""
+    # OURS: small models' defaults. The paper draws its clips with l_T = 7.5, and names no sampler.
+    # At 7.5, pc's repeated steps add the guidance up, so ddpm is used.
+    small = preset in (None, "nano")
+    return {"cfg": 2.0, "sampler": "pc"} if small else {"cfg": 7.5, "sampler": "ddpm"}
+
 def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=2.0,
              motion_scale=1.0, steps=25, sampler="pc", device="cpu", bf16=False, negative="",
              given=None, on_step=None):

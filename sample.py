@@ -155,11 +155,8 @@ class Sampler:
         self.vae = G.build_vae(self.state, args.download).to(self.device)
         self.size, trained = args.size or tuple(self.state["size"]), tuple(self.state["size"])
         self.fps = args.fps or self.state["fps"]
-        # OURS: small models' defaults. The paper draws its clips with l_T = 7.5, and names no
-        # sampler. At 7.5, pc's repeated steps add the guidance up, so ddpm is used.
-        nano = self.state["flags"].get("preset") in (None, "nano")
-        self.usual_cfg, method = (2.0, "pc") if nano else (7.5, "ddpm")
-        self.method = args.sampler or method
+        self.usual = G.usual(self.state["flags"].get("preset"))
+        self.method = args.sampler or self.usual["sampler"]
         self.precision = args.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         multiple = self.vae.down * self.net.model.cfg.patch_size   # pixels of a token's side
         if any(side % multiple for side in self.size):
@@ -180,7 +177,7 @@ class Sampler:
     @property
     def cfg(self):
         """--cfg, or the model's usual one."""
-        return self.usual_cfg if self.args.cfg is None else self.args.cfg
+        return self.usual["cfg"] if self.args.cfg is None else self.args.cfg
 
     @torch.no_grad()
     def read_given(self):

@@ -1364,8 +1364,7 @@ def test_other_flags_on_resume_are_refused_by_name(here, tiny_run, monkeypatch):
     assert "--steps 6" in run(train, *flags, "run", "--steps", "3")
     trained("--steps", "1", "--lr", "0.5", "--no-resume")
     assert len(log_of(Path("run"))) == 1 and len(log_of(Path("run.1"))) == 3
-    monkeypatch.chdir("run")
-    refused(train, [*flags, ".", "--no-resume"], "working directory")
+    monkeypatch.chdir("run"), refused(train, [*flags, ".", "--no-resume"], "working directory")
     monkeypatch.setenv("WORLD_SIZE", "0"), refused(train, [*flags, "w"], "torchrun")
 
 # ---- What a run leaves behind --------------------------------------------------------------------
@@ -1380,7 +1379,7 @@ def test_ten_bad_steps_in_a_row_end_a_run_and_are_never_saved(here, tiny_run, mo
 
 def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, monkeypatch):
     seen, nets, generate = [], [], G.generate
-    monkeypatch.setattr(G, "generate", lambda *a, **k: nets.append(a[0]) or seen.append(
+    monkeypatch.setattr(G, "generate", lambda *a, **k: nets.append((a[0], k)) or seen.append(
         G.load_checkpoint("run/last.safetensors")["step"]) or generate(*a, **k))
     run = trained("--steps", "9", "--sample-every", "2", "--save-every", "5")
     assert seen == [2, 2, 5, 5, 9]                          # at steps 2, 4, 6, 8 and 9
@@ -1389,7 +1388,7 @@ def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, 
         "samples", *(f"samples/00000{k}.png" for k in (2, 4, 6, 8, 9))}
     read = lambda: json.loads((run / "config.json").read_text())
     config, state = read(), G.load_checkpoint(run / "last.safetensors")
-    assert same({f"model.{k}": w for k, w in nets[-1].state_dict().items()}, {
+    assert same({f"model.{k}": w for k, w in nets[-1][0].state_dict().items()}, {
         k: w for k, w in state["ema"].items() if k.startswith("model.")})  # averages draw
     assert config["flags"] == state["flags"] and config["flags"].keys() == {
         action.dest for action in train.parser()._actions} - {"help"}
@@ -1398,6 +1397,8 @@ def test_a_run_is_saved_before_its_first_preview_and_its_folder_tells_all(here, 
     harmless = {"steps": 10, "workers": 1, "sample_every": 3, "save_every": 4}
     trained("--steps", "10", "--workers", "1", "--sample-every", "3", "--save-every", "4")
     assert read() == {**config, "flags": {**config["flags"], **harmless}}
+    trained("--steps", "1", "--preset", "S/2", "--no-resume")              # as sample.py draws
+    assert [nets[k][1]["cfg"] for k in (0, -1)] == [2, 7.5] and nets[-1][1]["sampler"] == "ddpm"
 
 def test_the_log_is_mended_or_left_alone(here, tiny_run, monkeypatch):
     """A resume keeps the rows up to its checkpoint. A log that a spreadsheet has saved stays."""
@@ -2330,8 +2331,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(here, tiny_run):
 def test_what_is_printed_to_be_copied_is_quoted(here):
     """A caption that is a command in the shell, and a folder's name."""
     folder, evil = "my 'data'; touch evil", "cat\"; touch evil; \"$(touch evil)`touch evil`' \\"
-    pictures(folder, 3)
-    [path.write_text(evil) for path in Path(folder).glob("*.txt")]
+    [path.write_text(evil) for path in Path(pictures(folder, 3)).glob("*.txt")]
     said = run(train, *TINY, *NET, "--data", folder, "--steps", "1")
     said += run(train, *TINY, "--stage", "vae", "--data", folder, "--steps", "1",
                 "--out", "r; touch x")

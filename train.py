@@ -74,7 +74,7 @@ DEFAULTS = {
     "fps":           (4.0,      4.0,      4.0,      4.0,         4.0),
 }
 WARMUP = 100            # OURS: steps over which the learning rate rises
-DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)      # items of the shapes world
+DRAWN = dict(vae=1_000_000, t2i=32_768, t2v=8_192)      # items; the full world: 3 times t2i, t2v
 PREVIEW_SEED = 10 ** 6  # the dataset seed of the previews' prompts
 as_typed = lambda x: "x".join(map(str, x if isinstance(x, (list, tuple)) else [x]))    # 64x64
 # The fields of the model's config that are flags: a new field becomes a flag by itself
@@ -295,7 +295,8 @@ def preview_samples(path, net, vae, prompts, args):
     """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Returns
     the judge's count for the log. Every process draws, as a sharded model needs them all."""
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
-                       args.size, args.frames, device=args.device, bf16=args.precision == "bf16")
+                       args.size, args.frames, device=args.device, bf16=args.precision == "bf16",
+                       **G.usual(args.preset))
     notes, verdict = None, ""
     if args.data == "shapes":                              # the judge reads these alone
         verdicts = [D.judge(clip, prompt) for clip, prompt in zip(clips, prompts)]
@@ -493,7 +494,6 @@ def start(net, args, last=None):
 def open_data(args):
     """-> (dataset, held, pictures, prompts): what trains, what is held out (or None), the pictures
     for joint training (or None), the previews' captions. Sets --text to what the data offer."""
-    # The full world says more, so it has more items
     shapes, stage, more = args.data == "shapes", args.stage, 3 if args.world == "full" else 1
     n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
     # Every second (vae) or fourth picture of the full world shows its hardest: things that touch
