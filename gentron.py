@@ -16,7 +16,7 @@ CVPR 2024, arXiv:2312.04557. If you know DiT (Peebles & Xie 2023), then GenTron 
 
 Shapes: B batch, F frames, C channels, H W height and width (of latents; of pictures in pixels), h
 heads, N tokens a frame, L text tokens, D width. A picture has F = 1: latents are (B, F, C, H, W).
-Masks: True = may be attended. `# OURS:` marks what the paper leaves open, with our reason."""
+Masks: True = may be attended. `# OURS:` marks what is not the paper's, with our reason."""
 
 import inspect
 import json
@@ -666,7 +666,6 @@ class Given:
     mask: torch.Tensor = None            # (H, W), 1 = draw anew, 0 = keep the picture; None = all 1
     first_frame: bool = False            # the picture is a clip's first frame, and stays
 
-@torch.no_grad()
 def usual(preset=None):
     """{"cfg", "sampler"}: how models of a preset draw by default; None is nano."""
     # OURS: small models' defaults. The paper draws its clips with l_T = 7.5, and names no sampler.
@@ -674,6 +673,7 @@ def usual(preset=None):
     small = preset in (None, "nano")
     return {"cfg": 2.0, "sampler": "pc"} if small else {"cfg": 7.5, "sampler": "ddpm"}
 
+@torch.no_grad()
 def generate(model, encoder, vae, schedule, prompts, seeds, size=(64, 64), frames=1, cfg=2.0,
              motion_scale=1.0, steps=25, sampler="pc", device="cpu", bf16=False, negative="",
              given=None, on_step=None):

@@ -53,7 +53,7 @@ import gentron as G
 
 # ---- 1. Flags and their defaults -----------------------------------------------------------------
 # The defaults that depend on what is trained; "paper": any preset but nano. From the paper: eps,
-# lr 1e-4, constant, 500,000 t2i steps, 128 clips of 8 frames at 4 a second. OURS: the rest.
+# lr 1e-4, constant, 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest.
 # nano learns a small world, so it has a high rate and a short EMA; qk_norm saves it steps.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
