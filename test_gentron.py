@@ -101,8 +101,7 @@ def tiny(text_dims=(24,), depth=3, **more):
     """A small GenTron with random parameters."""
     return randomised(G.GenTron(G.GenTronConfig(depth=depth, width=32, heads=4,
                                                 text_dims=text_dims, **more)))
-def noise(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+noise = lambda *shape, seed=1: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 def largest(a, b):
     """The largest absolute difference."""
     assert a.shape == b.shape, (a.shape, b.shape)
@@ -858,6 +857,8 @@ def test_nothing_is_clipped_and_nothing_touches_but_what_should():
                     assert not (alone[a] & alone[b]).any(), caption
                 elif scene.relation == "in front of":       # a part is hidden, and not too much
                     assert 0.03 < (alone[0] & alone[1]).sum() / alone[1].sum() < 0.7, caption
+    with pytest.raises(ValueError, match="does not fit into a picture"):
+        D.truth("four large red stars and four large blue rings")
 
 def test_words_mean_what_they_say_in_pixels():
     """The drawer and the judge share their tables, and could be wrong together."""
@@ -1012,8 +1013,7 @@ def test_the_benchmarks_prompts_are_fixed_and_come_in_swap_pairs():
 
 # ==== 7. Data: folders, held-out items, sheets ====================================================
 SCARLET, LIME, NAVY, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-def alike(pixel, color, by=25):
-    return np.abs(np.asarray(pixel, int) - np.asarray(color, int)).max() <= by
+alike = lambda a, b, by=25: np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= by
 
 def which(clip):
     """Which of INKS each frame's middle shows."""
