@@ -666,7 +666,7 @@ class Given:
     mask: torch.Tensor = None            # (H, W), 1 = draw anew, 0 = keep the picture; None = all 1
     first_frame: bool = False            # the picture is a clip's first frame, and stays
 
-def usual(preset=None):
+def usual(preset):
     """{"cfg", "sampler"}: how models of a preset draw by default; None is nano."""
     # OURS: small models' defaults. The paper draws its clips with l_T = 7.5, and names no sampler.
     # At 7.5, pc's repeated steps add the guidance up, so ddpm is used.

@@ -884,7 +884,7 @@ class Log:
         means = [losses.mean(), *(losses[band == k].mean() for k in range(4)), held]
         skipped = (self.rows[-1][-2] if self.rows else 0) + (not math.isfinite(norm))
         self.rows.append([step, *map(float, means), norm, skipped, round(speed, 1)])
-        return np.nanmean([row[1] for row in self.rows[-100:]])
+        return np.mean([x for _, x, *_ in self.rows[-100:] if math.isfinite(x)] or math.nan)
     def save(self):
         """Writes the file anew."""
         cell = lambda x: "" if math.isnan(x) else f"{x:.9g}"
