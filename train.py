@@ -557,8 +557,9 @@ def build(args, data, last, init, typed):
     config = {"text_dims": encoder.dims, "in_channels": vae.channels,
               "grid": [side // multiple for side in args.size],
               **{name: getattr(args, name) for name in CONFIG}, **state.get("config", {})}
-    # A t2i model becomes a t2v one by one word of its config
-    cfg = G.from_file(G.GenTronConfig, {**config, "temporal": args.stage == "t2v"})
+    # A t2i model becomes a t2v one by one word of its config; a t2v model stays one, also in t2i
+    video = args.stage == "t2v" or bool(config.get("temporal"))
+    cfg = G.from_file(G.GenTronConfig, {**config, "temporal": video})
     state["config"] = dataclasses.asdict(cfg)
     net = G.Net(G.GenTron(cfg), encoder, G.NoiseSchedule(**state["schedule"]))
     if known:
