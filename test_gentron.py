@@ -236,10 +236,9 @@ def pretrained(tmp_path_factory):
 
 # ==== 1. The paper, in eight claims ===============================================================
 def test_1_adaln_zero_a_block_starts_as_the_identity_and_the_network_answers_0():
-    """Paper 3.2, from DiT: time and pooled text give a shift, scale and gate for each branch. All
-    gates start at zero, and so does the output projection of whatever has no gate (cross-attention
-    and temporal attention). Each block then returns what it was given. The last layer starts at
-    zero, too: the first answer is 0, the mean of the noise that is to be predicted."""
+    """Paper 3.2, from DiT: time and pooled text give a shift, scale and gate for each branch. The
+    gates start at zero, and so do the output projections of cross and temporal attention, which
+    have no gate: a block returns what it was given. The last layer starts at zero, too."""
     z, t = noise(2, 3, 4, 4, 6), torch.tensor([3, 900])
     for conditioning, temporal in itertools.product(("cross", "adaln"), (False, True)):
         torch.manual_seed(0)
@@ -250,8 +249,7 @@ def test_1_adaln_zero_a_block_starts_as_the_identity_and_the_network_answers_0()
         for block, kv, mask in zip(model.blocks, tokens, masks):
             assert torch.equal(block(x, c, kv, mask, 3, pos, None), x)
         assert torch.equal(model(z, t, some_text()), torch.zeros_like(z))
-        # Training leaves this start. The first gradient reaches the last layer only; once that has
-        # moved, the gates; and then all parameters without exception.
+        # The first gradient reaches the last layer alone. Later ones reach every parameter.
         model(z, t, some_text()).sum().backward()
         moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert moved == {"final.weight", "final.bias"}
@@ -315,8 +313,7 @@ def test_4_temporal_attention_stands_before_the_mlp_and_a_fresh_video_model_is_i
     out = video.eval()(z, t, text)
     for f in range(5):                                      # frame by frame, the parent's answer
         assert largest(out[:, f:f + 1], parent(z[:, f:f + 1], t, text)) < 1e-5
-    # The order of the branches, and what temporal attention sees: the F moments of token (b, n).
-    # With gates of zero, only cross-attention stands between the block's input and it.
+    # Temporal attention sees the F moments of token (b, n). With gates of 0, only cross adds before.
     block, order, B, F, N = randomised(video).blocks[0], [], 2, 5, 6
     torch.nn.init.zeros_(block.modulation.weight), torch.nn.init.zeros_(block.modulation.bias)
     for name in ("attn", "cross", "temporal", "mlp"):
@@ -1522,6 +1519,9 @@ def test_a_child_inherits_and_a_parents_decisions_are_refused_as_flags(here):
         assert all(torch.equal(part[name], w.float()) for name, w in weights.items())
     added = new["ema"].keys() - old["ema"].keys()
     assert added and all(".temporal." in name for name in added)
+    flags = ["--init", f"{child}/ema.safetensors", "--lr", "0", "--steps", "1", "--size", "48x32"]
+    again = G.load_checkpoint(trained(*flags, out="again") / "last.safetensors")   # pictures alone
+    assert again["config"] == new["config"] and again["ema"].keys() == new["ema"].keys()
     for flag in ("lr_decay", "layout_steps", "ema", "p_first_frame", "fps"):
         for state, column in ((old, "t2i"), (new, "t2v")):  # what was not typed is the table's
             assert state["flags"][flag] == train.DEFAULTS[flag][train.COLUMNS.index(column)], flag
