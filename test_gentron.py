@@ -313,7 +313,7 @@ def test_4_temporal_attention_stands_before_the_mlp_and_a_fresh_video_model_is_i
     out = video.eval()(z, t, text)
     for f in range(5):                                      # frame by frame, the parent's answer
         assert largest(out[:, f:f + 1], parent(z[:, f:f + 1], t, text)) < 1e-5
-    # Temporal attention sees the F moments of token (b, n). Gates are 0, so cross alone adds before.
+    # Temporal attention sees the F moments of token (b, n). Gates are 0: only cross adds before.
     block, order, B, F, N = randomised(video).blocks[0], [], 2, 5, 6
     torch.nn.init.zeros_(block.modulation.weight), torch.nn.init.zeros_(block.modulation.bias)
     for name in ("attn", "cross", "temporal", "mlp"):
