@@ -2077,7 +2077,7 @@ train --steps 10000000000000000000 | --steps || train --batch-size 400000000 | -
 train --grad-accum 3 | --grad-accum || train --stage t2v --frames 1 | t2i
 train --data nowhere | nowhere || train --data empty | empty || train --vae old.pt | .pt again
 train --data few --text labels | folders || train --vae gone.safetensors | gone.s
-train --init gone.safetensors | gone.s || train --init t2v.safetensors | t2v
+train --init gone.safetensors | gone.s
 train --init vae.safetensors | autoencoder || train --init raw.safetensors | raw.s fit
 train --vae nobody/nothing | pip hf || train --objective eps | cosine z0 || train --fsdp | torchrun
 train --objective v --schedule straight | flow || train --out /proc/nowhere/run | /proc
