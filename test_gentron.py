@@ -1690,7 +1690,7 @@ def test_runs_move_between_processes_and_videos_and_caches_are_made_by_two(here)
              [*video, "two clips"], [*video, "cut clips", "--fsdp"], [*ENCODE, "cache 2"])
     run(train, *job("2 to 1", 20))
     os.truncate(file := Path("cache 2/latents.1.f16"), file.stat().st_size // 2)
-    together([*ENCODE, "cache 2"])                           # process 1 goes on in its middle
+    together([*ENCODE, "cache 2"])                          # process 1 goes on in its middle
     assert max(float(row["grad_norm"]) for row in log_of(Path("one"))) > 1  # clipping had to work
     for one, other in (("one", "shards"), ("one", "1 to 2"), ("one", "2 to 1"),
                        ("clips", "two clips"), ("clips", "cut clips")):

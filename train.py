@@ -214,7 +214,7 @@ def joint_batches(clips, pictures, schedule, shape, first, args):
         z0 = z0.float()                                    # (b, F, C, h, w), stored in fp16
         still = draws.still.nonzero()[:, 0].tolist()       # which of the b items are pictures: s
         if still:
-            # Item j is this step's j-th picture or j-th clip: its draw changes no other item
+            # Item j is the step's j-th picture or clip, so its draw changes no other item
             places = places_of_step(args.seed, step, B, len(pictures))[own]
             z, words = pictures[[places[j] for j in still]]    # (s, 1, C, h, w)
             z0[still] = z.float()                              # (s, F, C, h, w), by broadcasting
@@ -556,7 +556,7 @@ def build(args, data, last, init, typed):
     config = {"text_dims": encoder.dims, "in_channels": vae.channels,
               "grid": [side // multiple for side in args.size],
               **{name: getattr(args, name) for name in CONFIG}, **state.get("config", {})}
-    # A t2i model becomes a t2v one by one word of its config. It stays one, also in stage t2i.
+    # A t2i model becomes a t2v one by one word of its config. In stage t2i, a t2v model stays one.
     config["temporal"] = args.stage == "t2v" or config.get("temporal", False)
     cfg = G.from_file(G.GenTronConfig, config)
     state["config"] = dataclasses.asdict(cfg)
