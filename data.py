@@ -129,7 +129,7 @@ def _pick(rng, options):
 def _choose_words(rng, level, frames, pairs):               # -> a Scene without tracks
     n, relation = 1, ""
     if level == "touching":
-        n, relation, level = 2, _pick(rng, TOUCHING), "full"
+        n, relation = 2, _pick(rng, TOUCHING)
     elif level != "single":
         n += int(rng.random() < (0.4 if frames > 1 else 0.6))
     if n == 2 and not relation and frames == 1 and rng.random() < (0.5 if level == "full" else 0.6):
@@ -301,8 +301,8 @@ def draw(scene, size=(64, 64), frames=1):
 class Shapes:
     """`n` items of the world; shapes[i] -> (uint8 (F, H, W, 3), caption), a function of (seed, i)
     alone. level: "single" (one plain object), "basic" (one or two, "and", four relations), "full"
-    (everything), "touching" (as full, but always one thing inside or in front of another), or a
-    tuple of levels: item i has level[i % len(level)]. pairs: (color, shape) that may be used."""
+    (everything), "touching" (one plain thing inside or in front of another), or a tuple of levels:
+    item i has level[i % len(level)]. pairs: (color, shape) that may be used."""
     def __init__(self, level="basic", n=10_000, seed=0, size=(64, 64), frames=1, pairs=SEEN_PAIRS):
         self.level, self.n, self.seed = level, n, seed
         self.size, self.frames, self.pairs = tuple(size), frames, pairs

@@ -495,9 +495,8 @@ def open_data(args):
     for joint training (or None), the previews' captions. Sets --text to what the data offer."""
     shapes, stage, more = args.data == "shapes", args.stage, 3 if args.world == "full" else 1
     n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
-    # Every second (vae) or fourth picture of the full world shows its hardest: things that touch
-    mixed = ("full",) * (1 if stage == "vae" else 3) + ("touching",)
-    still = mixed if args.world == "full" else args.world
+    # Every second picture of the full world shows its hardest: two plain things that touch
+    still = ("full", "touching") if args.world == "full" else args.world
     level = "single" if args.text == "labels" else args.world if args.frames > 1 else still
     held = pictures = None
     dataset = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
