@@ -395,8 +395,7 @@ def test_7_motion_free_guidance_is_the_papers_formula_term_by_term():
     rows = some_text(B=3, lengths=[5, 4, 2])                # two prompts, then the null text
     text, nulls = rows_of(rows, [0, 1]), rows_of(rows, [2, 2])
     on, off, evaluated = torch.tensor([True] * 2), torch.tensor([False] * 2), []
-    e_text_on, e_null_on, e_null_off, e_text_off = (
-        model(z, t, c_text, c_motion)
+    e_text_on, e_null_on, e_null_off, e_text_off = (model(z, t, c_text, c_motion)
         for c_text, c_motion in ((text, on), (nulls, on), (nulls, off), (text, off)))
     model.register_forward_pre_hook(lambda m, inputs: evaluated.append(len(inputs[0])))
     for l_t, l_m, branches in ((7.5, 1.3, 3), (7.5, 1.0, 2), (1.0, 1.0, 1), (2.0, 0.0, 3),
@@ -1613,8 +1612,7 @@ def test_cached_features_stand_in_for_frozen_encoders(here, pretrained, monkeypa
     refused(train, [*TINY, "--stage", "vae", "--init", cached / "ema.safetensors"], "pretrained")
     shutil.copytree(pretrained / "t5", "my_t5")
     encode(*vae, "--text", "my_t5", out="cache5")
-    refused(train, [*TINY, *vae, "--data", "cache5", "--steps", "1", "--text", spec],
-            "encode again")
+    refused(train, [*TINY, *vae, "--data=cache5", "--steps=1", "--text", spec], "encode again")
 
 # ---- Sizes, speeds, several processes, kills -----------------------------------------------------
 peak_memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if POSIX else 0
@@ -1628,7 +1626,9 @@ def test_dry_run_and_benchmark_tell_sizes_and_speeds_and_write_nothing(here):
     n, n_temporal = (sum(p.numel() for p in net.parameters()) for net in nets)
     assert f"{n / 1e6:.1f} M parameters, {n_temporal / 1e6:.1f} M with temporal" in said
     assert f"{20 * n / 1e9:.2f} GB in fp32" in said
-    said = run(train, *TINY, *NET, "--benchmark", "--stage", "t2v", "--steps", "2")
+    said = run(train, "--init", "t2i.safetensors", "--batch-size", "4", "--stage", "t2v",
+               "--steps", "2", "--benchmark")
+    assert "depth 2, width 32, heads 4" in said             # the file's
     rows = [line.split() for line in said.splitlines() if re.match(r" +\d+ +\d", line)]
     assert [int(row[0]) for row in rows] == [1, 4, 8, 16, 32] and files_here() == files
     for _, seconds, rate, flops, gb in rows:

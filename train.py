@@ -367,22 +367,20 @@ flags_of = lambda flags: json.loads(json.dumps(flags, default=str))    # a dict,
 def prepare(args):
     """Flags as given -> (settings, last, init): a value for each flag, the run's own checkpoint and
     --init's, or None. Raises ValueError for flags that do not fit together or to a checkpoint."""
-    stage, idle = args.stage, args.benchmark or args.dry_run   # idle: reads and writes nothing
+    stage, idle = args.stage, args.benchmark or args.dry_run   # idle: writes nothing
     if stage in ("vae", "encode") and (idle or args.fsdp or args.compile):
         raise ValueError(f"--fsdp, --compile, --dry-run and --benchmark: not for --stage {stage}")
     cache = args.data != "shapes" and D.cache_index(args.data) or {}
     frames = args.frames or cache.get("frames", 0)         # 0: the stage's default
     if frames > 1 and stage in ("vae", "t2i") or frames == 1 and stage == "t2v" and not idle:
         raise ValueError(f"{frames} frames with --stage {stage}; one is t2i, more are t2v")
-    args.device, last, init = join_processes(args.device, args.fsdp), None, None
-    args.out = args.out or f"runs/{stage}"
-    if not idle:
-        last = claim_folder(args)
-        if stage == "t2v" and not last:
-            args.init = args.init or G.find_checkpoint(("t2i",))
-        init = G.load_checkpoint(args.init) if args.init and not last else None
-        if init and stage != "vae" and "config" not in init:
-            raise ValueError(f"--init {args.init} is an autoencoder; give it as --vae")
+    args.device, args.out = join_processes(args.device, args.fsdp), args.out or f"runs/{stage}"
+    last = None if idle else claim_folder(args)
+    if stage == "t2v" and not last and not idle:
+        args.init = args.init or G.find_checkpoint(("t2i",))
+    init = G.load_checkpoint(args.init) if args.init and not last else None
+    if init and stage != "vae" and "config" not in init:
+        raise ValueError(f"--init {args.init} is an autoencoder; give it as --vae")
     known = last or init or {}
     config = vars(G.from_file(G.GenTronConfig, known["config"])) if "config" in known else {}
     saved = {k: v for k, v in {**known.get("flags", {}), **config}.items() if v is not None}
@@ -921,33 +919,35 @@ def plot_log(log):
 
 # ---- 11. --dry-run: how large? --benchmark: how fast? --------------------------------------------
 def measure(args):
-    """--dry-run: what the flags' model would take on 4-channel latents. --benchmark: times it."""
+    """--dry-run: how large is the model of --init or the flags? --benchmark: how fast to train?"""
     steps, all_frames = args.steps or 10, [args.frames] if args.frames else [1, 4, 8, 16, 32]
-    args, *_ = prepare(args)
+    args, _, init = prepare(args)
     B, video, cuda = args.batch_size, args.stage == "t2v", args.device.type == "cuda"
     # OURS: the paper's sizes read the paper's encoders unless --text says otherwise
     spec = args.text or ("small" if args.preset == "nano" else "clip+t5")
     widths = dict(small=128, labels=128, clip=768, t5=4096)
     dims = [widths.get(name) for name in spec.split("+") if spec != "none"]    # None is refused
-    config = {**{name: getattr(args, name) for name in CONFIG}, "text_dims": dims}
-    model = lambda temporal=video: G.GenTron(G.GenTronConfig(**config, temporal=temporal))
+    config = {**{name: getattr(args, name) for name in CONFIG}, "text_dims": dims,
+              "in_channels": 4, "temporal": False, **(init["config"] if init else {})}
+    dims, temporal = config["text_dims"], video or config["temporal"]
+    model = lambda on=temporal: G.GenTron(G.GenTronConfig(**config | {"temporal": on}))
     def text(captions, device=args.device):                # random numbers, as many as CLIP's
         new = partial(torch.randn, len(captions), device=device)
         mask = torch.ones(len(captions), 77, dtype=torch.bool, device=device)
         return G.Text(tuple(new(77, d) for d in dims), (mask,) * len(dims), new(sum(dims)))
     with torch.device("meta"):                             # numbers without contents
-        n = [sum(p.numel() for p in model(temporal).parameters()) for temporal in (False, True)]
-    say(f"{args.preset}: {', '.join(f'{name} {value}' for name, value in config.items())}",
+        n = [sum(p.numel() for p in model(on).parameters()) for on in (False, True)]
+    say(f"{args.preset}: {', '.join(f'{k} {config[k]}' for k in (*CONFIG, 'text_dims'))}",
         f"{n[0] / 1e6:.1f} M parameters, {n[1] / 1e6:.1f} M with temporal layers",
-        f"{20 * n[video] / 1e9:.2f} GB in fp32: weights 4 bytes a parameter, gradients 4, AdamW 8, "
-        f"EMA 4; with --fsdp on N processes 1 / N of it. Activations come on top: --benchmark")
+        f"{20 * n[temporal] / 1e9:.2f} GB in fp32: weights 4 bytes a parameter, gradients 4, AdamW "
+        f"8, EMA 4; with --fsdp on N processes 1 / N of it. Activations come on top: --benchmark")
     if args.benchmark:
         import resource  # here, because Windows has none
         say(f"batch {B}, {processes()} x {args.device}, {args.precision}; medians of {steps} steps",
             "frames    s/step   items/s   TFLOP/s   peak GB")
     schedule = G.NoiseSchedule(args.schedule, args.objective, args.noise_shift)
     for frames in all_frames if video else [1]:
-        shape, times = (B, frames, 4, args.size[0] // 8, args.size[1] // 8), []
+        shape, times = (B, frames, config["in_channels"], *(side // 8 for side in args.size)), []
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             model()(torch.empty(1, *shape[1:]), torch.empty(1), text([""], "meta"))
         flops = 3 * counter.get_total_flops()              # an item's: forward, twice it backward
