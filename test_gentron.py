@@ -50,8 +50,7 @@ import train
 if POSIX := os.name == "posix":
     import resource
 os.environ["HF_HUB_OFFLINE"] = "1"                          # no test needs a network
-if "PYTEST_XDIST_WORKER" in os.environ:                     # pytest -n: a core for each process
-    torch.set_num_threads(1)
+torch.set_num_threads(1)    # several threads round as the batch is; pytest -n has a core a process
 # A loader's thread may still write to a worker that a finished run has killed: no test's fault
 multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: None)
 HERE = Path(G.__file__).resolve().parent                    # the repository
@@ -395,8 +394,8 @@ def test_7_motion_free_guidance_is_the_papers_formula_term_by_term():
     rows = some_text(B=3, lengths=[5, 4, 2])                # two prompts, then the null text
     text, nulls = rows_of(rows, [0, 1]), rows_of(rows, [2, 2])
     on, off, evaluated = torch.tensor([True] * 2), torch.tensor([False] * 2), []
-    e_text_on, e_null_on, e_null_off, e_text_off = (model(z, t, c_text, c_motion)
-        for c_text, c_motion in ((text, on), (nulls, on), (nulls, off), (text, off)))
+    e_text_on, e_null_on, e_null_off, e_text_off = (
+        model(z, t, c, m) for c, m in ((text, on), (nulls, on), (nulls, off), (text, off)))
     model.register_forward_pre_hook(lambda m, inputs: evaluated.append(len(inputs[0])))
     for l_t, l_m, branches in ((7.5, 1.3, 3), (7.5, 1.0, 2), (1.0, 1.0, 1), (2.0, 0.0, 3),
                                (1.0, 1.2, 3), (3.0, 3.0, 2), (0.0, 1.0, 1)):

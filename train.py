@@ -919,7 +919,8 @@ def plot_log(log):
 
 # ---- 11. --dry-run: how large? --benchmark: how fast? --------------------------------------------
 def measure(args):
-    """--dry-run: how large is the model of --init or the flags? --benchmark: how fast to train?"""
+    """--dry-run: the size of --init's model, or of the flags' on 4-channel latents. --benchmark:
+    seconds, FLOPs and memory of its training steps."""
     steps, all_frames = args.steps or 10, [args.frames] if args.frames else [1, 4, 8, 16, 32]
     args, _, init = prepare(args)
     B, video, cuda = args.batch_size, args.stage == "t2v", args.device.type == "cuda"
