@@ -615,6 +615,22 @@ def test_training_timesteps_and_more_noise_for_more_frames(kind, objective, shif
     mixed = draw(torch.tensor([1, 8]).repeat(n // 2))       # a number for each item
     assert torch.equal(mixed, torch.where(torch.arange(n) % 2 == 0, one, eight))
 
+def test_muon_is_torchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(words):
+    """Three steps of random gradients. torch has Muon from 2.9 on, which computes in bf16."""
+    net, theirs, old = (copy.deepcopy(G.Net(tiny((32,)), words, None)) for _ in range(3))
+    matrix = re.compile(r"model\.blocks\..*\.(q|kv|out|mlp\.0|mlp\.2)\.weight").match
+    own, rest = ([p for n, p in theirs.named_parameters() if bool(matrix(n)) == k] for k in (1, 0))
+    optimizers = (G.Muon(net, True), torch.optim.AdamW(rest, 1e-3, (0.9, 0.99), weight_decay=0),
+                  torch.optim.Muon(own, 1e-3, 0, adjust_lr_fn="match_rms_adamw"))
+    for step in range(3):
+        for k, pair in enumerate(zip(net.parameters(), theirs.parameters())):
+            pair[0].grad, pair[1].grad = (noise(*pair[0].shape, seed=9 * k + step) for _ in pair)
+        [optimizer.step() for optimizer in optimizers]
+    for (n, p), q, start in zip(net.named_parameters(), theirs.parameters(), old.parameters()):
+        assert largest(p, q) < (0.05 if matrix(n) else 1e-3) * largest(p, start), n
+    scales = torch.linalg.svdvals(G.orthogonal(noise(48, 32)))
+    assert 0.6 < scales.min() < scales.max() < 1.3 and not G.orthogonal(torch.zeros(4, 3)).any()
+
 def test_draws_are_those_of_seed_and_step_and_a_still_loses_its_caption_more_often():
     """Motion-free guidance needs e(null, off): without coupling 1 % of the items would train it."""
     n, schedule = 40_000, G.NoiseSchedule("cosine", "v")
@@ -718,15 +734,6 @@ def test_turning_leaves_half_of_the_channels_and_tells_only_distances(tiny_files
     assert largest(same[..., 4:], q[..., 4:] + 1) < 1e-5
     words = G.build_net(G.load_checkpoint(tiny_files["t2i"])).text.encoders[0].attn
     assert attn.planes == 2 and [a.planes for a in words] == [4, 4]        # words turn all of them
-
-def test_qk_norm_is_off_by_default_and_keeps_the_logits_small():
-    model, attn = tiny(qk_norm=True, temporal=True), G.Attention(32, 4, qk_norm=True)
-    names = {f"blocks.{k}.{a}.{x}_norm.weight" for k in range(3)
-             for a in ("attn", "cross", "temporal") for x in "qk"}
-    assert set(model.state_dict()) - set(tiny(temporal=True).state_dict()) == names
-    x = 1000 * noise(2, 5, 32)                              # a model whose logits have grown
-    logits = attn.q_norm(attn.split(attn.q(x))) @ attn.keys_values(x)[0].transpose(-1, -2)
-    assert logits.abs().max() <= 8 + 1e-3                   # |q| |k| = d
 
 def test_in_bf16_the_network_is_bf16_and_the_sum_of_guidance_is_not():
     model, text, t = tiny(temporal=True), some_text(B=3), torch.tensor([40, 900])
@@ -1105,12 +1112,8 @@ def test_links_out_of_the_folder_pipes_and_hostile_files_are_skipped(tmp_path, m
         append_images=[one(k % 6, (30, 30)) for k in range(1, 100)])
     (root / "captions.jsonl").write_text('{"file": "wide.gif", "caption": ""}')
     assert len(D.Folder(root, (16, 16))) == 1               # one frame, but not all hundred
-    pytest.importorskip("av")
-    D.save_mp4(root / "wide.mp4", [one(0, (64, 64))])
-    for name in ("wide.gif", "wide.mp4"):
-        (root / "captions.jsonl").write_text(json.dumps({"file": name, "caption": ""}))
-        with pytest.raises(ValueError, match=f"no usable clip.*{name}"):
-            D.Folder(root, (16, 16), 8, 4)
+    with pytest.raises(ValueError, match="no usable clip.*wide.gif"):
+        D.Folder(root, (16, 16), 8, 4)
 
 def test_class_folders_frames_in_folders_and_what_is_no_data(tmp_path, monkeypatch):
     for name in ("cat/0.png", "cat/more/2.png", "corgi/0.png", "stray.png"):
@@ -1130,9 +1133,6 @@ def test_class_folders_frames_in_folders_and_what_is_no_data(tmp_path, monkeypat
     assert clips.captions == ["it", "they walk"] and which(clips[1][0]) == [3, 4, 4, 4]
     assert all("--image-data" in dict(clips.skipped)[x] for x in ("picture.png", "pages.tif"))
     assert "pip install -e '.[video]'" in dict(clips.skipped)["b.mp4"]
-    subprocess.run(["mkdir", "-p", "d/" * 1100], cwd=tmp_path, check=True)
-    refused(D, ["--preview", tmp_path / "o.png", "--data", tmp_path / "d"])
-    subprocess.run(["rm", "-rf", "d"], cwd=tmp_path, check=True)
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_clips_are_read_by_the_files_own_clock(tmp_path, suffix):
@@ -1206,7 +1206,8 @@ def test_a_step_descends_along_the_clipped_mean_gradient(here, monkeypatch, accu
         return k * (1 + self.model.final.bias.sum()) + 0 * rest
     def look(optimizer):
         rates.append(optimizer.param_groups[0]["lr"])
-        grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad.any()]
+        grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        grads = [grad for grad in grads if grad.any()]
         assert len(grads) == 1 and largest(grads[0], torch.full((16,), 0.25)) < 1e-5
     monkeypatch.setattr(G.Net, "forward", loss)
     monkeypatch.setattr(D, "judge", lambda *_: D.Verdict(False, [], {}, {}))
@@ -1368,6 +1369,9 @@ def test_other_flags_on_resume_are_refused_by_name(here, tiny_run, monkeypatch):
         G.save_checkpoint(file, state)
         refused(train, [*flags, "run", "--steps", "4", f"--{flag}", *now], f"--{flag} was ")
     trained("--steps", "3")                                 # without the flags it goes on
+    del state["flags"]["optimizer"]                         # once there was none but AdamW
+    G.save_checkpoint(shutil.copytree("run", "older") + "/last.safetensors", state)
+    refused(train, [*flags, "older", "--steps", "4"], "--optimizer was adamw")
     assert "--steps 6" in run(train, *flags, "run", "--steps", "3")
     trained("--steps", "1", "--lr", "0.5", "--no-resume")
     assert len(log_of(Path("run"))) == 1 and len(log_of(Path("run.1"))) == 3
@@ -2074,7 +2078,7 @@ BAD = """
 train --width 100 --heads 3 | heads || train --size 60 | divisible 16 || train --frames 8 | t2v
 train --steps 10000000000000000000 | --steps || train --batch-size 400000000 | --batch-size
 train --grad-accum 3 | --grad-accum || train --stage t2v --frames 1 | t2i
-train --data nowhere | nowhere || train --data empty | empty || train --vae old.pt | .pt again
+train --data nowhere | nowhere || train --data empty | empty
 train --data few --text labels | folders || train --vae gone.safetensors | gone.s
 train --init gone.safetensors | gone.s
 train --init vae.safetensors | autoencoder || train --init raw.safetensors | raw.s fit
@@ -2118,10 +2122,10 @@ def bad_inputs():
     Path("loop").symlink_to("loop")
     (exif := Image.Exif()).update({0x0112: 6, 0x011a: 72.0})          # a fraction called text:
     put("odd/x.jpg", one(0), exif=exif.tobytes().replace(b"\1\x1a\0\5", b"\1\x1a\0\2"))
-    for name, data in (("broken.txt", b"no picture"), ("old.pt", b"PK\3\4" + bytes(99)),
-                       ("blank.txt", b"\n"), ("binary.txt", b"\xff\0"),
-                       ("many.txt", b"a red circle\n" * 10 ** 5), ("newer.safetensors", Path(
-                           "t2i.safetensors").read_bytes().replace(b'"depth', b'"dephh'))):
+    for name, data in (("broken.txt", b"no picture"), ("blank.txt", b"\n"),
+                       ("binary.txt", b"\xff\0"), ("many.txt", b"a red circle\n" * 10 ** 5),
+                       ("newer.safetensors", Path("t2i.safetensors").read_bytes().replace(
+                           b'"depth', b'"dephh'))):
         Path(name).write_bytes(data)
     state = random_state("t2i")
     G.save_checkpoint("raw.safetensors", {**state, "ema": {}})
@@ -2387,9 +2391,6 @@ def test_encode_leaves_other_peoples_files_alone(here):
         run(train, *ENCODE, "cache")                        # begun again
         assert Path("cache/photo.0.jpg").read_text() == "precious" and D.Cache("cache").captions
         assert Path("cache/latents.0.f16").read_bytes() == latents
-    os.truncate("cache/captions.0.jsonl", 2 ** 31)          # sparse: it takes no disk, but memory
-    with pytest.raises(ValueError, match="damaged"):
-        D.Cache("cache")
 
 @pytest.mark.parametrize("streams", ["", ">&-", "2>&-", ">&- 2>&-", ">/dev/full 2>&1", "| true"])
 def test_closed_and_full_streams_end_nothing(tmp_path, streams):

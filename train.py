@@ -54,11 +54,12 @@ import gentron as G
 # ---- 1. Flags and their defaults -----------------------------------------------------------------
 # The defaults that depend on what is trained; "paper": any preset but nano. From the paper: eps,
 # lr 1e-4, constant, 500,000 steps, 128 clips of 8 frames at 4 a second. OURS: the rest.
-# nano learns a small world, so it has a high rate and a short EMA; qk_norm saves it steps.
+# nano learns a small world, so it has a high rate and a short EMA; muon and qk_norm save it steps.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
     "steps":         (16_000,   5_428,    4_500,    500_000,     500_000),
     "batch_size":    (16,       64,       16,       256,         128),
+    "optimizer":     ("adamw",  "muon",   "muon",   "adamw",     "adamw"),
     "lr":            (2e-3,     2e-3,     2e-3,     1e-4,        1e-4),
     "lr_decay":      (1_000,    1_000,    1_000,    0,           0),
     "layout_steps":  (0,        900,      900,      0,           0),
@@ -125,7 +126,8 @@ def parser():
     add("--minutes", "then stop and save", type=D.number(float, 0, above=True))
     add("--batch-size", "over all processes", type=D.number(int, 1, 2 ** 16))
     add("--grad-accum", "micro-batches a step", 1, type=count)
-    add("--lr", "AdamW's learning rate", type=share)
+    add("--optimizer", "what makes steps of gradients", choices=("adamw", "muon"))
+    add("--lr", "learning rate", type=share)
     add("--lr-decay", "from this step on the rate falls as 1 / sqrt(step); 0 = never", type=step)
     add("--layout-steps", "first steps, at the noisiest 3 tenths of t (own data: 0)", type=step)
     add("--ema", "decay of the averaged weights", type=share)
@@ -409,8 +411,8 @@ def prepare(args):
         defaults.update(objective="flow", schedule="straight")
     settings = argparse.Namespace(**{**defaults, **inherited, **fitting,
                                      **G.PRESETS.get(args.preset, {}), **typed})
-    # A flag that is younger than the checkpoint had its default then
-    was, now = flags_of({**defaults, **saved}), flags_of(vars(settings))
+    # A flag that is younger than the checkpoint had its default then, --optimizer AdamW
+    was, now = flags_of({**defaults, "optimizer": "adamw", **saved}), flags_of(vars(settings))
     file, fixed = (args.out, {*now} - HARMLESS) if last else (args.init, OF_MODEL if init else {})
     for name in now:
         if name in fixed and was[name] != now[name]:
@@ -456,7 +458,7 @@ def setup(args):
     return args, run, stop
 
 def start(net, args, last=None):
-    """A net -> what the training step takes: net, its averages, both parameter lists, AdamW."""
+    """A net -> what the training step takes: net, its averages, both parameter lists, optimizer."""
     ema, file = copy.deepcopy(net), f"{args.out}/{FILES[0]}"
     if last:
         G.load_weights(ema, last["ema"] if args.stage != "vae" else last["vae"]["weights"], file)
@@ -470,14 +472,12 @@ def start(net, args, last=None):
         if args.fsdp:
             shard(module, args)                            # moves each part as it is sharded
         module.to(args.device)
-    # OURS: betas and no decay (the paper says AdamW and its rate). 0.99 forgets an early large
-    # gradient in a hundred steps, where the usual 0.999 takes a thousand.
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = G.Muon(net, args.optimizer == "muon")
     for name, p in net.named_parameters() if last else ():
         try:
-            m, v, t = (last["optimizer"][key] for key in ("exp_avg", "exp_avg_sq", "step"))
-            old = {"step": t.clone().view(()), "exp_avg": m[name].view(p.shape),
-                   "exp_avg_sq": v[name].view(p.shape)}
+            keys = ("exp_avg", "exp_avg_sq")[:1 if p in optimizer.matrices else 2]
+            old = {key: last["optimizer"][key][name].view(p.shape) for key in keys}
+            old["step"] = last["optimizer"]["step"].clone().view(())
         except (LookupError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"{file} is damaged: its moments of {name}") from None
         for key, x in old.items():
@@ -517,8 +517,8 @@ def open_data(args):
         source = args.image_data or (args.data if shapes else None)
         if source is None:
             raise ValueError("no pictures to train on; give --image-data, or --p-motion-free 0")
-        n = more * DRAWN["t2i"]
-        pictures = D.open_data(source, args.size, 1, args.fps, still, n, args.seed)
+        pictures = D.open_data(source, args.size, 1, args.fps, still, more * DRAWN["t2i"],
+                               args.seed)
     return dataset, held or None, pictures, prompts
 
 def build(args, data, last, init, typed):
@@ -571,7 +571,7 @@ def build(args, data, last, init, typed):
 def find_vae(args):
     """--vae -> the "vae" part of a checkpoint: a file's own, or a name or folder for diffusers."""
     path = Path(args.vae or Path(__file__).resolve().parent / "assets" / "vae.safetensors")
-    if path.suffix not in (".safetensors", ".pt") and not path.is_file():
+    if path.suffix != ".safetensors" and not path.is_file():
         return {"name": args.vae}
     state = G.load_checkpoint(path)
     if args.data != "shapes" and state["flags"].get("data") == "shapes":
@@ -816,9 +816,9 @@ def save(run, step, args):
     # Every process takes part in putting the tensors together; process 0 writes them
     full = lambda tensors: {name: full_tensor(x) for name, x in tensors.items()}
     moments = {name: run.optimizer.state[p] for name, p in run.net.named_parameters()}
-    moment = lambda key: full({name: state[key] for name, state in moments.items()})
+    moment = lambda key: full({name: state[key] for name, state in moments.items() if key in state})
     optimizer = {"exp_avg": moment("exp_avg"), "exp_avg_sq": moment("exp_avg_sq"),
-                 "step": next(iter(moments.values()))["step"]}
+                 "step": max(state.get("step", 0) for state in moments.values())}
     ema, weights = full(run.ema.state_dict()), full(run.net.state_dict())
     if rank():
         return
@@ -940,8 +940,8 @@ def measure(args):
         n = [sum(p.numel() for p in model(on).parameters()) for on in (False, True)]
     say(f"{args.preset}: {', '.join(f'{k} {config[k]}' for k in (*CONFIG, 'text_dims'))}",
         f"{n[0] / 1e6:.1f} M parameters, {n[1] / 1e6:.1f} M with temporal layers",
-        f"{20 * n[temporal] / 1e9:.2f} GB in fp32: weights 4 bytes a parameter, gradients 4, AdamW "
-        f"8, EMA 4; with --fsdp on N processes 1 / N of it. Activations come on top: --benchmark")
+        f"{20 * n[temporal] / 1e9:.2f} GB in fp32: weights 4 bytes a parameter, gradients 4, "
+        f"moments 8, EMA 4; --fsdp on N processes: 1 / N of it. Activations: see --benchmark")
     if args.benchmark:
         import resource  # here, because Windows has none
         say(f"batch {B}, {processes()} x {args.device}, {args.precision}; medians of {steps} steps",
