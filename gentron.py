@@ -784,7 +784,7 @@ class PretrainedVAE(nn.Module):
 
 # ---- 9. The optimizer ----------------------------------------------------------------------------
 class Muon(torch.optim.AdamW):
-    """OURS: AdamW, and if `muon`, Muon (Jordan et al. 2024) for the matrices of net's blocks, except
+    """OURS: AdamW, and if `muon` Muon (Jordan et al. 2024) for the matrices of net's blocks, except
     adaLN's. Their step is the mean gradient with all singular values made 1: no part of a matrix
     learns slowly. It is as large as AdamW's would be (Liu et al. 2025): one rate. AdamW's second
     beta is 0.99: it forgets an early large gradient in 100 steps (with 0.999 in 1,000)."""
@@ -808,7 +808,7 @@ def orthogonal(x):
     x = x / (x.norm() + 1e-7)                              # now S is at most 1
     for _ in range(5):
         y = x @ x.mT                                       # (r, r)
-        x = 3.4445 * x + (-4.775 * y + 2.0315 * y @ y) @ x     # U p(S) V^T, p a polynomial
+        x = torch.addmm(x, torch.addmm(y, y, y, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x
 
 # ---- 10. Checkpoints: safetensors files ----------------------------------------------------------

@@ -57,12 +57,12 @@ import gentron as G
 # nano learns a small world, so it has a high rate and a short EMA; muon and qk_norm save it steps.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
-    "steps":         (16_000,   5_428,    4_500,    500_000,     500_000),
+    "steps":         (16_000,   3_000,    2_000,    500_000,     500_000),
     "batch_size":    (16,       64,       16,       256,         128),
     "optimizer":     ("adamw",  "muon",   "muon",   "adamw",     "adamw"),
     "lr":            (2e-3,     2e-3,     2e-3,     1e-4,        1e-4),
     "lr_decay":      (1_000,    1_000,    1_000,    0,           0),
-    "layout_steps":  (0,        900,      900,      0,           0),
+    "layout_steps":  (0,        300,      300,      0,           0),
     "ema":           (0.998,    0.998,    0.998,    0.9999,      0.9999),
     "objective":     ("v",      "v",      "v",      "eps",       "eps"),
     "schedule":      ("cosine", "cosine", "cosine", "linear",    "linear"),
