@@ -57,7 +57,7 @@ import gentron as G
 # nano learns a small world, so it has a high rate and a short EMA; muon and qk_norm save it steps.
 COLUMNS =           ("vae",    "t2i",    "t2v",    "paper t2i", "paper t2v")
 DEFAULTS = {
-    "steps":         (16_000,   3_000,    2_000,    500_000,     500_000),
+    "steps":         (16_000,   3_000,    3_000,    500_000,     500_000),
     "batch_size":    (16,       64,       16,       256,         128),
     "optimizer":     ("adamw",  "muon",   "muon",   "adamw",     "adamw"),
     "lr":            (2e-3,     2e-3,     2e-3,     1e-4,        1e-4),
