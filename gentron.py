@@ -757,8 +757,8 @@ class FrozenEncoder(nn.Module):
     def spell(self, caption):
         """What each token of one caption stands for, as the tokenizer writes it: L strings."""
         _, tokenizer = self.load()
-        ids = tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
-        return tokenizer.convert_ids_to_tokens(ids)
+        batch = tokenizer(caption, truncation=True, max_length=self.max_tokens)
+        return tokenizer.convert_ids_to_tokens(batch.input_ids)
 
 class PretrainedVAE(nn.Module):
     """A frozen KL autoencoder of the diffusers library, used like VAE. name: a hub name
@@ -790,8 +790,8 @@ class Muon(torch.optim.AdamW):
     beta is 0.99: it forgets an early large gradient in 100 steps (with 0.999 in 1,000)."""
     def __init__(self, net, muon):
         super().__init__(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.matrices = {p: name for name, p in net.named_parameters() if muon and p.ndim == 2
-                         and name.startswith("model.blocks") and "modulation" not in name}
+        self.matrices = dict.fromkeys(p for n, p in net.named_parameters() if muon and p.ndim == 2
+                                      and n.startswith("model.blocks") and "modulation" not in n)
     @torch.no_grad()
     def step(self):
         for p in self.matrices:

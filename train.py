@@ -126,7 +126,7 @@ def parser():
     add("--minutes", "then stop and save", type=D.number(float, 0, above=True))
     add("--batch-size", "over all processes", type=D.number(int, 1, 2 ** 16))
     add("--grad-accum", "micro-batches a step", 1, type=count)
-    add("--optimizer", "what makes steps of gradients", choices=("adamw", "muon"))
+    add("--optimizer", "muon is for the matrices of blocks", choices=("adamw", "muon"))
     add("--lr", "learning rate", type=share)
     add("--lr-decay", "from this step on the rate falls as 1 / sqrt(step); 0 = never", type=step)
     add("--layout-steps", "first steps, at the noisiest 3 tenths of t (own data: 0)", type=step)
@@ -233,7 +233,7 @@ def learning_rate(step, lr, decay_from):
     return lr * min(1.0, (step + 1) / WARMUP) * decay
 
 def training_step(run, inputs, step, args):
-    """Forward, backward, clip, AdamW, EMA. inputs: those of b items, this process's part of the
+    """Forward, backward, clip, optimizer, EMA. inputs: those of b items, this process's part of the
     batch; run.net(*inputs) is the loss of each. Returns the losses (b,) and the norm of the
     gradients before clipping, a number. If it is not finite, nothing has changed."""
     for group in run.optimizer.param_groups:
@@ -411,7 +411,7 @@ def prepare(args):
         defaults.update(objective="flow", schedule="straight")
     settings = argparse.Namespace(**{**defaults, **inherited, **fitting,
                                      **G.PRESETS.get(args.preset, {}), **typed})
-    # A flag that is younger than the checkpoint had its default then, --optimizer AdamW
+    # A flag that is younger than the checkpoint had its default then (--optimizer: adamw)
     was, now = flags_of({**defaults, "optimizer": "adamw", **saved}), flags_of(vars(settings))
     file, fixed = (args.out, {*now} - HARMLESS) if last else (args.init, OF_MODEL if init else {})
     for name in now:
