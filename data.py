@@ -121,7 +121,7 @@ def is_picture(caption):
         return not any(thing.motion for thing in parse(caption).things)
     return False
 
-# ---- 2. The shapes world: choosing a scene. An additional random draw changes every picture.
+# ---- 2. The shapes world: choosing a scene. A new call of rng here changes every picture.
 SAID = {"count": 0.4, "size": 0.4, "texture": 0.5}          # chances; a drawn count is 1 to 4
 
 def _pick(rng, options):
@@ -844,7 +844,7 @@ def writing(path):
 
 def run_main(work, memory_advice="try less at once"):
     """Calls work() -> its exit code (None = 0). An error that the user can mend becomes one line on
-    stderr and code 2, Ctrl-C 130; a bug keeps its traceback."""
+    stderr and code 2, Ctrl-C 130; other exceptions keep their traceback."""
     sys.stdout, sys.stderr = _Forgiving(sys.stdout), _Forgiving(sys.stderr)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)       # from here on it is caught
@@ -1238,15 +1238,15 @@ def save_mp4(path, images, fps=4):
         container.mux(stream.encode(None))                   # the frames that are still inside
 
 # ---- 10. Command lines (train.py and sample.py use these, too)
-def number(kind, low, high=10 ** 12, above=False):
-    """An argparse type: a number of `kind` from low (with above: more than low) to high."""
+def number(kind, low, high=10 ** 12):
+    """An argparse type: a number of `kind` from low to high."""
     def parsed(text):
         with suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and not (above and value == low):      # false for NaN
+            if low <= value <= high:                         # false for NaN
                 return value
         raise argparse.ArgumentTypeError(f"'{text[:50]}' is not a{' whole' * (kind is int)} number "
-                                         f"{'above' if above else 'from'} {low} to {high}")
+                                         f"from {low} to {high}")
     return parsed
 
 def picture_size(text):

@@ -299,7 +299,7 @@ class GenTron(nn.Module):
 # alpha of 0.00005, which makes an error of eps 20,000 times larger; straight ends at 0.
 OBJECTIVES = {"linear": ("eps", "v"), "cosine": ("v",), "straight": ("flow",)}
 
-# A sampler is one update with three numbers: fresh noise, order, and looks at a middle noise level
+# name: (eta, order, looks). eta: share of fresh noise; looks: how often a middle level is visited
 SAMPLERS = {
     "ddim":  (0.0, 1, 1),                # Song et al. 2021a; with flow it is Euler's method
     "ddpm":  (1.0, 1, 1),                # Ho et al. 2020
@@ -317,13 +317,13 @@ class NoiseSchedule:
     "straight"   1 - sigma, sigma = (t + 1) / steps   "flow" = noise - z_0 (Liu et al. 2022)
     All but straight keep alpha^2 + sigma^2 = 1. shift lowers log(alpha / sigma) at every t
     (Hoogeboom et al. 2023). ValueError for a combination that cannot work."""
-    def __init__(self, kind="linear", objective="eps", shift=0.0, steps=1000):
-        if objective not in OBJECTIVES.get(kind, ()) or not abs(shift) <= 5 \
-                or type(steps) is not int or not 0 < steps < 1e5:
+    steps = 1000
+    def __init__(self, kind="linear", objective="eps", shift=0.0):
+        if objective not in OBJECTIVES.get(kind, ()) or not abs(shift) <= 5:
             fits = "; ".join(f"{k} with {' or '.join(v)}" for k, v in OBJECTIVES.items())
             raise ValueError(f"schedule '{kind!s:.20}' with objective '{objective!s:.20}', shift "
                              f"{shift}, cannot work: z0 is lost at high noise; try {fits}")
-        self.kind, self.objective, self.shift, self.steps = kind, objective, shift, steps
+        self.kind, self.objective, self.shift, steps = kind, objective, shift, self.steps
         # float64 throughout: a thousand factors near 1 would lose digits, and 1 - alpha^2 more
         if kind == "linear":                     # OURS: the paper gives no betas; these are DDPM's
             betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
@@ -376,7 +376,7 @@ class NoiseSchedule:
         """n training timesteps, (n,). frames: how many frames of an item see each other, a number
         or (n,). layout: draw from the noisiest three tenths only."""
         if layout:
-            # OURS: in much noise only the text tells what goes where; it is learned there first
+            # OURS: in much noise only the text tells the layout, so it is learned there first
             return torch.randint(7 * self.steps // 10, self.steps, (n,), generator=generator)
         if self.objective == "eps":                        # uniform, as in DDPM
             return torch.randint(self.steps, (n,), generator=generator)
@@ -453,7 +453,7 @@ class Draws:
 def randomness(seed, step, shape, schedule=None, p_drop_text=0.0, p_still=0.0, p_first_frame=0.0,
                layout=False):
     """The Draws of a whole batch, shape (B, F, C, H, W): a function of the arguments alone."""
-    g = torch.Generator().manual_seed(seed * 1_000_003 + step)             # seeds share no draws
+    g = torch.Generator().manual_seed(seed * 1_000_003 + step)     # unique for a million steps
     drop, still, given = torch.rand(3, shape[0], generator=g)              # (B,) each
     still = still < p_still
     given = (given < p_first_frame) & ~still & (shape[1] > 1)
@@ -527,7 +527,7 @@ class WordEncoder(nn.Module):
         super().__init__()
         self.vocabulary, self.dim, self.split = vocabulary, dim, split
         self.index = {word: k + 3 for k, word in enumerate(vocabulary)}
-        # (weight[ids] in place of it would sum the gradients in random order)
+        # nn.Embedding, not weight[ids], whose backward pass sums gradients in random order
         self.words = nn.Embedding(len(vocabulary) + 3, dim)
         self.attn = nn.ModuleList(Attention(dim, heads, turned=turned) for _ in range(depth))
         mlp = lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -798,7 +798,7 @@ class Muon(torch.optim.AdamW):
             mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.05)
             size = 0.2 * max(p.shape) ** 0.5 * self.param_groups[0]["lr"]
             p.sub_(orthogonal(p.grad.lerp(mean, 0.95)), alpha=size)
-            p.grad = None                                  # AdamW leaves it alone
+            p.grad = None                                  # so AdamW skips it
         super().step()
 
 def orthogonal(x):
@@ -816,12 +816,12 @@ def orthogonal(x):
 # and place), the raw numbers. Nothing in it can be executed. A checkpoint is one dict: its tensors
 # are stored under their path ("ema/model.patch.weight"), the rest as JSON in __metadata__.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TENSORS = re.compile("(ema|weights|optimizer|vae/weights)/.")  # their names; all else is a fact
+TENSORS = re.compile("(ema|weights|optimizer|vae/weights)/.")  # names of tensors
 seal = lambda facts, header: zlib.crc32(json.dumps([facts, header], sort_keys=True).encode())
 
-def save_checkpoint(path, state):
-    """Writes a dict of numbers, strings, lists, tensors and dicts of these, beside `path`. The last
-    step renames it: `path` is always complete. OSError: full disk. ValueError: unusable dict."""
+def save_checkpoint(path, state, dtype=None):
+    """Writes a dict of numbers, strings, lists, tensors (as dtype) and dicts of these beside `path`
+    and renames it: `path` is always complete. OSError: full disk. ValueError: unusable dict."""
     tensors, plain = {}, (str, int, float, list, tuple, dict, torch.Tensor, type(None))
     def pick(tree, name=""):                               # the tree without its tensors
         rest = {}
@@ -829,7 +829,7 @@ def save_checkpoint(path, state):
             if "/" in key or not isinstance(value, plain):
                 raise ValueError(f"'{name}{key}' cannot be saved: {value!r:.60}")
             if isinstance(value, torch.Tensor):
-                tensors[name + key] = value.detach().cpu().contiguous()
+                tensors[name + key] = value.detach().to("cpu", dtype).contiguous()
             else:
                 rest[key] = pick(value, f"{name}{key}/") if isinstance(value, dict) else value
         return rest
@@ -876,10 +876,10 @@ def read_safetensors(file):
     """An open file -> the dict that `save_checkpoint` wrote. Other files: any exception."""
     size, head = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(head, "little")
-    if size < 8 or length > min(2 ** 24, size - 8):
-        raise ValueError("it is no safetensors file")
-    header = json.loads(file.read(length))
-    about = json.loads(header.pop("__metadata__")["gentron"])
+    header = json.loads(file.read(length)) if 0 < length <= min(2 ** 24, size - 8) else {}
+    if "gentron" not in (metadata := header.pop("__metadata__", {})):
+        raise ValueError("it is no safetensors file of GenTron's")
+    about = json.loads(metadata["gentron"])
     state, crc, end, sealed = about["facts"], 0, 0, seal(about["facts"], header)
     check_facts(state)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -929,8 +929,7 @@ def check_facts(facts):
 
 def from_file(kind, values):
     """A file's dict -> kind(**dict). What it lacks has its default; ValueError: unknown name."""
-    unknown = sorted(values.keys() - inspect.signature(kind).parameters.keys())
-    if unknown:
+    if unknown := sorted(values.keys() - inspect.signature(kind).parameters.keys()):
         raise ValueError(f"it was made by a newer version: {kind.__name__} '{unknown[0]:.60}'")
     return kind(**values)
 

@@ -202,8 +202,8 @@ class Sampler:
         """Draws the prompts, --batch-size at a time. what: the progress bar's label; on_step: see
         `G.generate`."""
         args, clips = self.args, [None] * len(prompts)
-        # A caption without motion, asked for as a clip, gives one picture F times: the paper's
-        # motion-free frames (3.4) do not see each other, so from one noise they are all alike
+        # A caption of the world without a motion is drawn once and repeated. Motion-free frames
+        # (3.4) do not see each other: from equal noise they would be F equal pictures
         frames_of = [1 if D.is_picture(prompt) else args.frames for prompt in prompts]
         if args.first_frame and 1 in frames_of:
             still = prompts[frames_of.index(1)]
@@ -399,7 +399,7 @@ def strip(sampler, prompts, seeds, moments=12):
             labels += [f"{f'{prompt}: {name}, ' if k == 0 else ''}t = {steps[k][0]}" for k in keep]
     return D.contact_sheet(cells, labels, len(keep), cell=96)
 
-def attend(cross, x, k, mask):
+def attention_weights(cross, x, k, mask):
     """Attention's weights: x (B, N, width), k (B, heads, L, d), mask bool (B, L) -> (B, N, L), mean
     over heads. They sum to 1 over the L words."""
     # Computed again here: `G.attend` does not return them
@@ -417,7 +417,7 @@ def attention_maps(sampler, prompt, seed):
     heard = []                                              # (N, L), step by step, block by block
     # The inputs are x, (k, v), mask. The batch holds guidance's branches; row 0 reads the prompt
     listen = lambda cross, inputs, _: heard.append(
-        attend(cross, inputs[0][:1], inputs[1][0][:1], inputs[2][:1])[0].float())
+        attention_weights(cross, inputs[0][:1], inputs[1][0][:1], inputs[2][:1])[0].float())
     reading = model.blocks[::len(encoder.encoders)]         # block k reads encoder k mod K
     hooks = [block.cross.register_forward_hook(listen) for block in reading]
     picture = sampler([prompt], [seed])[0]
@@ -474,7 +474,7 @@ def draw_sides(args):
 def read_sides(args):
     """Two folders of pictures by any systems -> the sides of --compare, {name: (clip, caption, "")}
     each, and frames a second. All have one size: nobody shall vote for the larger picture."""
-    first = next((file for file in sorted(Path(args.compare[0]).iterdir())
+    first = next((file for file in sorted(Path(args.compare[0]).rglob("*"))
                   if file.suffix.lower() in D.PICTURES), None)
     size, fps = args.size or (D.size_of(first) if first else (64, 64)), args.fps or 4.0
     folders = [D.Folder(path, size, args.frames, fps) for path in args.compare]
@@ -570,7 +570,7 @@ def work(args):
             ((args.bench or args.compare) and (args.init_image or args.first_frame),
              "--init-image and --first-frame need prompts of yours, not --bench or --compare"),
             (args.first_frame and args.frames == 1, "--first-frame begins a clip; add --frames 8"),
-            (args.bench and args.frames == 1 and {*D.CLIP_CATEGORIES} & {*(args.category or ())},
+            (args.frames == 1 and {*D.CLIP_CATEGORIES} & {*(args.category or ())},
              "--category names one of clips; add --frames 8"),
             ((args.mask or args.strength is not None) and not args.init_image,
              "--mask and --strength need --init-image FILE"),

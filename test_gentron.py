@@ -587,7 +587,7 @@ def test_schedules_are_what_they_say():
 
 def test_what_cannot_work_is_refused_with_the_reason():
     for given in (("cosine", "eps"), ("straight", "eps"), ("straight", "v"), ("linear", "flow"),
-                  ("cosine", "flow"), ("abacus", "v"), (None, None), ("linear", "eps", 0, True)):
+                  ("cosine", "flow"), ("abacus", "v"), (None, None)):
         with pytest.raises(ValueError, match="cannot work: z0 is lost at high noise; try linear"):
             G.NoiseSchedule(*given)
     for bad in (dict(depth=0), dict(depth=513), dict(width=24, heads=4), dict(heads=True), dict(
@@ -2055,8 +2055,9 @@ def test_attention_is_what_the_model_uses_and_sums_to_one(here, sheets):
     # With one head: weights x values is the output of the model's own attention
     cross = randomised(G.Attention(32, 1, 24), std=0.3)
     x, y, mask = noise(1, 5, 32), noise(1, 7, 24), torch.tensor([[True] * 4 + [False] * 3])
-    weights, (k, v) = sample.attend(cross, x, cross.keys_values(y)[0], mask), cross.keys_values(y)
-    assert largest(cross.out(weights @ v[:, 0]), cross(x, (k, v), mask)) < 1e-5
+    k, v = cross.keys_values(y)
+    values = sample.attention_weights(cross, x, k, mask) @ v[:, 0]
+    assert largest(cross.out(values), cross(x, (k, v), mask)) < 1e-5
     sample.attention_sheet(sampler, [prompt], [0])
     assert [label.split(": ")[1] for label in sheets.pop()[1]] == [
         f"{100 * part[:, k].mean():.0f} %" for k in range(len(words))
@@ -2080,7 +2081,7 @@ train --steps 10000000000000000000 | --steps || train --batch-size 400000000 | -
 train --grad-accum 3 | --grad-accum || train --stage t2v --frames 1 | t2i
 train --data nowhere | nowhere || train --data empty | empty
 train --data few --text labels | folders || train --vae gone.safetensors | gone.s
-train --init gone.safetensors | gone.s
+train --init gone.safetensors | gone.s || train --stage encode --no-resume | encode
 train --init vae.safetensors | autoencoder || train --init raw.safetensors | raw.s fit
 train --vae nobody/nothing | pip hf || train --objective eps | cosine z0 || train --fsdp | torchrun
 train --objective v --schedule straight | flow || train --out /proc/nowhere/run | /proc
@@ -2111,7 +2112,7 @@ sample R --init-image m.png --frames 2 --ckpt t2v.safetensors | --frames || samp
 sample --bench --first-frame m.png --frames 2 | --first-frame || sample R --out out.tiff | .tiff
 sample --prompts many.txt --per-prompt 10000 | million || sample R --ckpt nan.safetensors | finite
 sample --bench R | prompts || sample --compare loop few | loop || sample R --out loop/x.png | loop
-sample R --out blank.txt/x.png | blank.txt
+sample R --out blank.txt/x.png | blank.txt || sample --compare a b --category motion | 8
 data | --preview || data --preview out.txt | .txt || data --preview out.png --data gone | gone
 data --preview few/00.png --data few | few/00.png || data --preview /proc/a.png | /p
 data --preview out.gif --frames 1024 --size 4096 | memory
@@ -2252,8 +2253,7 @@ def hostile_cases():
             yield "bad.safetensors", lambda path: path.write_bytes(data), script, [
                 *flags, "bad.safetensors"], [] if refuse else None
     for make in (os.mkfifo, link("/dev/zero"), lambda path: path.symlink_to(path.name)):
-        for path, script, flags in (
-                ("a.safetensors", sample, [*draw, "--ckpt", "a.safetensors"]),
+        for path, script, flags in (("a.safetensors", sample, [*draw, "--ckpt", "a.safetensors"]),
                 ("a.txt", sample, ["--prompts", "a.txt", *t2i]),
                 ("a.png", sample, [*draw, "--init-image", "a.png", *t2i]),
                 ("a.safetensors", sample, ["--compare", "a.safetensors", "t2i.safetensors"]),

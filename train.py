@@ -90,7 +90,7 @@ def parser():
     either = dict(action=argparse.BooleanOptionalAction)   # --flag and --no-flag
     group = p.add_argument_group("what to train")
     def add(flag, help, default=None, **options):
-        """One flag. Its help ends with the default that the code uses."""
+        """One flag. Its help ends with the default; what --init or a cache says comes before it."""
         row = DEFAULTS.get(flag[2:].replace("-", "_"), (default,))
         if len(set(row)) > 1:
             help += f" ({', '.join(f'{c}: {as_typed(v)}' for c, v in zip(COLUMNS, row))})"
@@ -123,7 +123,7 @@ def parser():
     add("--p-first-frame", "t2v: share of clips whose first frame is given", type=share)
     group = p.add_argument_group("optimisation")
     add("--steps", "steps in all", type=count)
-    add("--minutes", "then stop and save", type=D.number(float, 0, above=True))
+    add("--minutes", "then stop and save", type=D.number(float, 0.001))
     add("--batch-size", "over all processes", type=D.number(int, 1, 2 ** 16))
     add("--grad-accum", "micro-batches a step", 1, type=count)
     add("--optimizer", "muon is for the matrices of blocks", choices=("adamw", "muon"))
@@ -163,9 +163,9 @@ def places_of_step(seed, step, batch, n):
     return [i if i < n else int(permutation(seed, i // n, n)[i % n]) for i in everything]
 
 class Latents:
-    """A shuffled dataset's latents: latents[places] -> fp16 (B, F, C, h, w), captions. A cache
-    holds them. Those of other data are encoded when first asked for and kept in memory: training
-    starts at once, and the first epoch pays for it."""
+    """A shuffled dataset's latents: latents[places] -> fp16 (B, F, C, h, w), captions. A `D.Cache`
+    has them on disk. Other data are encoded when first asked for, and kept in memory: training
+    starts at once, and only the first epoch is slower."""
     def __init__(self, dataset, vae, args):
         self.dataset, self.vae, self.device = dataset, vae, args.device
         self.order = permutation(args.seed, 0, len(dataset)).tolist()
@@ -194,7 +194,7 @@ def vae_batches(dataset, shape, first, args):
     """Stage vae: (pictures (b, 1, 3, H, W), noise (b, 1, C, h, w)) of step first, first + 1, ...
     shape: (B, 1, C, h, w); b of the batch's B items belong to this process."""
     B, own, steps = shape[0], own_part(shape[0]), range(first, args.steps)
-    order = permutation(args.seed, 0, len(dataset))        # class folders must not come in turn
+    order = permutation(args.seed, 0, len(dataset))        # or one class folder follows another
     items = (order[places_of_step(args.seed, k, B, len(dataset))[own]].tolist() for k in steps)
     for step, (clips, _) in zip(steps, loader(dataset, items, args)):
         yield G.to_float(clips), G.randomness(args.seed, step, shape).noise[own]
@@ -294,7 +294,7 @@ def preview_vae(path, vae, dataset, args):
 
 def preview_samples(path, net, vae, prompts, args):
     """The same prompts from the same noise each time: a labelled grid, or a GIF of clips. Returns
-    the judge's count for the log. Every process draws, as a sharded model needs them all."""
+    the judge's count, to be printed. Every process draws, as a sharded model needs them all."""
     clips = G.generate(net.model, net.text, vae, net.schedule, prompts, range(len(prompts)),
                        args.size, args.frames, device=args.device, bf16=args.precision == "bf16",
                        **G.usual(args.preset))
@@ -336,7 +336,7 @@ def train(args):
                 save(run, done, args)
                 saved = True
             if look:
-                path = out / "samples" / f"{done:06d}"
+                path = out / "samples" / f"{done:06d}.{'gif' if args.frames > 1 else 'png'}"
                 line = f"step {done}: loss {loss:.4f}" + f"  held out {held:.4f}" * bool(run.held)
                 line += f"  {run.preview(path)}  {path}"
                 plot_log(log)
@@ -344,7 +344,7 @@ def train(args):
                     say(line)
             if why and not in_a_row or in_a_row == 10:     # ten in a row: training has failed
                 break
-            tick = time.monotonic()                        # a step's time: its data's and its own
+            tick = time.monotonic()                        # the next step's time has its data's
     log.save()
     if in_a_row:
         raise ValueError(f"no finite gradient in {in_a_row} steps, up to step {done}; they are not "
@@ -372,6 +372,8 @@ def prepare(args):
     stage, idle = args.stage, args.benchmark or args.dry_run   # idle: writes nothing
     if stage in ("vae", "encode") and (idle or args.fsdp or args.compile):
         raise ValueError(f"--fsdp, --compile, --dry-run and --benchmark: not for --stage {stage}")
+    if stage == "encode" and (args.init or not args.resume):
+        raise ValueError("--init and --no-resume: not for --stage encode; it takes --vae and --out")
     cache = args.data != "shapes" and D.cache_index(args.data) or {}
     frames = args.frames or cache.get("frames", 0)         # 0: the stage's default
     if frames > 1 and stage in ("vae", "t2i") or frames == 1 and stage == "t2v" and not idle:
@@ -391,8 +393,8 @@ def prepare(args):
     names = sorted({"preset", *kept} & {*saved} - {*CONFIG})
     try:
         flags = [f"--{name.replace('_', '-')}={as_typed(saved[name])}" for name in names]
-        given = parser().parse_args(flags)
-        saved |= {name: getattr(given, name) for name in names}
+        checked = parser().parse_args(flags)
+        saved |= {name: getattr(checked, name) for name in names}
     except ValueError as error:
         raise ValueError(f"damaged {args.out if last else args.init}: {error}") from None
     preset = args.preset or saved.get("preset") or "nano"
@@ -411,7 +413,7 @@ def prepare(args):
         defaults.update(objective="flow", schedule="straight")
     settings = argparse.Namespace(**{**defaults, **inherited, **fitting,
                                      **G.PRESETS.get(args.preset, {}), **typed})
-    # A flag that is younger than the checkpoint had its default then (--optimizer: adamw)
+    # A file without a flag was trained with that flag's default (without --optimizer: by adamw)
     was, now = flags_of({**defaults, "optimizer": "adamw", **saved}), flags_of(vars(settings))
     file, fixed = (args.out, {*now} - HARMLESS) if last else (args.init, OF_MODEL if init else {})
     for name in now:
@@ -429,7 +431,6 @@ def prepare(args):
 def setup(args):
     """Flags as given -> (settings, run, stop): all that the loop works with, built once."""
     typed, (args, last, init) = args.text is not None, prepare(args)
-    stop = Stop(args.minutes, args.device)                 # --minutes count from here
     dataset, held, pictures, prompts = open_data(args)
     net, vae, state = build(args, [dataset, pictures] if pictures else [dataset], last, init, typed)
     run, first = start(net, args, last), last["step"] if last else 0
@@ -455,7 +456,7 @@ def setup(args):
         clips, stills, run.held = (x and Latents(x, vae, args) for x in (dataset, pictures, held))
         run.batches = joint_batches(clips, stills, net.schedule, shape, first, args)
         run.preview = lambda path: preview_samples(path, run.ema, vae, prompts, args)
-    return args, run, stop
+    return args, run, Stop(args.minutes, args.device)      # --minutes count from here
 
 def start(net, args, last=None):
     """A net -> what the training step takes: net, its averages, both parameter lists, optimizer."""
@@ -494,8 +495,8 @@ def open_data(args):
     shapes, stage, more = args.data == "shapes", args.stage, 3 if args.world == "full" else 1
     n = DRAWN["vae"] if stage == "vae" else more * DRAWN["t2v" if args.frames > 1 else "t2i"]
     # Every second picture of the full world shows its hardest: two plain things that touch
-    still = ("full", "touching") if args.world == "full" else args.world
-    level = "single" if args.text == "labels" else args.world if args.frames > 1 else still
+    of_pictures = ("full", "touching") if args.world == "full" else args.world
+    level = "single" if args.text == "labels" else args.world if args.frames > 1 else of_pictures
     held = pictures = None
     dataset = D.open_data(args.data, args.size, args.frames, args.fps, level, n, args.seed)
     if cache_of(dataset) and stage in ("vae", "encode"):
@@ -517,7 +518,7 @@ def open_data(args):
         source = args.image_data or (args.data if shapes else None)
         if source is None:
             raise ValueError("no pictures to train on; give --image-data, or --p-motion-free 0")
-        pictures = D.open_data(source, args.size, 1, args.fps, still, more * DRAWN["t2i"],
+        pictures = D.open_data(source, args.size, 1, args.fps, of_pictures, more * DRAWN["t2i"],
                                args.seed)
     return dataset, held or None, pictures, prompts
 
@@ -553,7 +554,7 @@ def build(args, data, last, init, typed):
     config = {"text_dims": encoder.dims, "in_channels": vae.channels,
               "grid": [side // multiple for side in args.size],
               **{name: getattr(args, name) for name in CONFIG}, **state.get("config", {})}
-    # A t2i model becomes a t2v one by one word of its config. In stage t2i, a t2v model stays one.
+    # All that makes a t2i model a t2v one. Stage t2i does not take it away again.
     config["temporal"] = args.stage == "t2v" or config.get("temporal", False)
     cfg = G.from_file(G.GenTronConfig, config)
     state["config"] = dataclasses.asdict(cfg)
@@ -580,7 +581,7 @@ def find_vae(args):
 
 def vocabulary_of(dataset, spec):
     """Words for the small encoder, class names for --text labels, nothing for others: a list."""
-    dataset = getattr(dataset, "dataset", dataset)         # a run knows its held-out items' words
+    dataset = getattr(dataset, "dataset", dataset)         # held-out items' words count, too
     if spec == "labels" and not dataset.labels:
         raise ValueError("--text labels needs class folders (corgi/1.jpg); try --text small")
     if spec == "labels" or "small" not in spec.split("+"):
@@ -728,7 +729,7 @@ def encode(args):
     """Stage encode: writes a cache of all items' latents, and of their captions' features if --text
     is frozen. Process p of P encodes the items p, p + P, ..."""
     args, *_ = prepare(args)
-    stop, P, (dataset, *_) = Stop(args.minutes, args.device), processes(), open_data(args)
+    P, (dataset, *_) = processes(), open_data(args)
     vae = G.build_vae({"vae": find_vae(args)}, download=args.vae).to(args.device)
     # A trained text encoder has other features at each step: then only captions are stored
     text = G.TextEncoder(args.text, download=True).to(args.device) if is_frozen(args.text) else None
@@ -751,7 +752,7 @@ def encode(args):
     items, why = range(rank() + writer.done * P, len(dataset), P), ""
     chunks = [list(items[i:i + CHUNK]) for i in range(0, len(items), CHUNK)]
     turns = gather(torch.tensor([len(chunks)]).to(args.device)).max().item()
-    chunks = loader(dataset, chunks, args)
+    chunks, stop = loader(dataset, chunks, args), Stop(args.minutes, args.device)
     with tqdm(total=writer.rows, initial=writer.done, unit=" items", disable=rank() > 0) as bar:
         for _ in range(turns):
             why = why or stop.why()                        # asked also by a process that is done
@@ -829,10 +830,8 @@ def save(run, step, args):
         state["vae"] = {"config": vae.config, "weights": vae.state_dict()}
     if args.stage != "vae":
         state["ema"] = ema
-    halves = lambda x: {key: halves(v) for key, v in x.items()} if isinstance(x, dict) else \
-        x.half() if isinstance(x, torch.Tensor) else x
     # In this order: a run is done when last.safetensors says so
-    G.save_checkpoint(Path(args.out) / "ema.safetensors", halves(state))
+    G.save_checkpoint(Path(args.out) / "ema.safetensors", state, torch.float16)
     G.save_checkpoint(Path(args.out) / FILES[0], state | dict(weights=weights, optimizer=optimizer))
 
 @torch.no_grad()
@@ -849,9 +848,9 @@ def measure_latents(vae, dataset, args, n=512):
     vae.std.copy_((mean.var(1) + logvar.exp().mean(1)).sqrt().view_as(vae.std))
 
 def save_sheets(path, sheets, fps):
-    """Writes a list of F PIL images: a PNG, or a GIF of several."""
+    """Writes a list of F PIL images: a .png of one, a .gif of several."""
     if rank() == 0:
-        with D.writing(f"{path}.{'gif' if len(sheets) > 1 else 'png'}") as file:
+        with D.writing(path) as file:
             D.save_gif(file, sheets, fps) if len(sheets) > 1 else sheets[0].save(file)
 
 # column of log.csv: (name, colour). The band of most noise falls while the layout is learned
@@ -942,8 +941,9 @@ def measure(args):
         f"{n[0] / 1e6:.1f} M parameters, {n[1] / 1e6:.1f} M with temporal layers",
         f"{20 * n[temporal] / 1e9:.2f} GB in fp32: weights 4 bytes a parameter, gradients 4, "
         f"moments 8, EMA 4; --fsdp on N processes: 1 / N of it. Activations: see --benchmark")
+    if (unix := os.name == "posix") and not cuda:
+        import resource  # Windows has none: it shows 0
     if args.benchmark:
-        import resource  # here, because Windows has none
         say(f"batch {B}, {processes()} x {args.device}, {args.precision}; medians of {steps} steps",
             "frames    s/step   items/s   TFLOP/s   peak GB")
     schedule = G.NoiseSchedule(args.schedule, args.objective, args.noise_shift)
@@ -963,8 +963,8 @@ def measure(args):
             training_step(run, inputs, step, args)
             times.append(time.monotonic() - begin)
         seconds = np.median(times[3:])
-        peak = torch.cuda.max_memory_allocated() if cuda else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024      # kilobytes on Linux
+        peak = torch.cuda.max_memory_allocated() if cuda or not unix else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024, 1)[sys.platform == "darwin"]
         say(f"{frames:6}{seconds:10.3f}{B / seconds:10.1f}"
             f"{flops * B / seconds / processes() / 1e12:10.3g}{peak / 1e9:10.2f}")
 
