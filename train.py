@@ -344,7 +344,7 @@ def train(args):
                     say(line)
             if why and not in_a_row or in_a_row == 10:     # ten in a row: training has failed
                 break
-            tick = time.monotonic()                        # the next step's time has its data's
+            tick = time.monotonic()                        # a step's time includes its data's
     log.save()
     if in_a_row:
         raise ValueError(f"no finite gradient in {in_a_row} steps, up to step {done}; they are not "
