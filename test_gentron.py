@@ -1297,6 +1297,7 @@ def test_joint_training_an_item_without_motion_is_a_picture_with_its_own_caption
             assert caption.startswith("still" if still else "film")
             assert largest(z, latents[caption].expand_as(z)) < 1e-2
             kinds[caption] += 1
+    assert [bool((draws.t >= 700).all()) for *_, draws in seen].index(False) == 4   # layout steps
     assert len(kinds) == 9 and 4 < sum(int(draws.given.sum()) for *_, draws in seen) < 24
     least = [min(draws.t.min() for *_, draws in part) for part in (seen[:4], seen[4:])]
     assert least[1] < 700 <= least[0]
@@ -1444,7 +1445,6 @@ def test_a_part_of_a_folder_never_trains_and_is_watched(here, monkeypatch, sheet
     assert len(shown) == 12 and max(shown) - min(shown) > 30 and set(sheets[-1][1]) <= heard
     assert "has only seen the shapes world" in said and "40 pictures" in said
     assert " right" not in said                             # no judge reads one's own pictures
-    assert G.load_checkpoint("run/ema.safetensors")["flags"]["layout_steps"] == 0
     losses = [row["held_out"] for row in log_of(Path("run"))]
     assert [bool(x) for x in losses] == [k in (10, 20) for k in range(1, 21)]
     assert losses[9] != losses[19] and f"held out {float(losses[19]):.4f}" in said
@@ -1524,7 +1524,7 @@ def test_a_child_inherits_and_a_parents_decisions_are_refused_as_flags(here):
     flags = ["--init", f"{child}/ema.safetensors", "--lr", "0", "--steps", "1", "--size", "48x32"]
     again = G.load_checkpoint(trained(*flags, out="again") / "last.safetensors")   # pictures alone
     assert again["config"] == new["config"] and again["ema"].keys() == new["ema"].keys()
-    for flag in ("lr_decay", "layout_steps", "ema", "p_first_frame", "fps"):
+    for flag in ("lr_decay", "ema", "p_first_frame", "fps"):
         for state, column in ((old, "t2i"), (new, "t2v")):  # what was not typed is the table's
             assert state["flags"][flag] == train.DEFAULTS[flag][train.COLUMNS.index(column)], flag
 
@@ -1586,7 +1586,7 @@ def test_cached_features_stand_in_for_frozen_encoders(here, pretrained, monkeypa
     monkeypatch.setitem(train.DRAWN, "t2i", 16), monkeypatch.setattr(train, "CHUNK", 4)
     spec, vae = f"{pretrained}/clip+{pretrained}/t5", ["--vae", str(pretrained / "vae")]
     cache, nets = D.Cache(encode(*vae, "--text", spec)), []
-    direct = trained(*vae, "--text", spec, "--steps", "6", "--layout-steps", "0", out="direct")
+    direct = trained(*vae, "--text", spec, "--steps", "6", out="direct")
     read = lambda: {p: p.read_bytes() for p in Path("cache").iterdir() if p.name != ".lock"}
     files, rng = read(), np.random.default_rng(0)
     for _ in range(6):                                      # stopped anywhere: files are shorter
@@ -1665,7 +1665,7 @@ def together(*jobs, signalled=None, code=0):
     assert all(p.returncode == code for p, _ in zip(running, outs)), "\n".join(outs)[-3000:]
     return outs
 
-SHARED = [*TINY, *NET, "--lr", "0.02", "--layout-steps", "0", "--grad-accum", "2"]
+SHARED = [*TINY, *NET, "--lr", "0.02", "--grad-accum", "2"]
 
 def test_two_processes_are_one_with_copies_and_with_shards_in_bf16(here):
     often = [*SHARED, "--steps", "4", "--sample-every", "2", "--save-every", "3"]

@@ -62,7 +62,6 @@ DEFAULTS = {
     "optimizer":     ("adamw",  "muon",   "muon",   "adamw",     "adamw"),
     "lr":            (2e-3,     2e-3,     2e-3,     1e-4,        1e-4),
     "lr_decay":      (1_000,    1_000,    1_000,    0,           0),
-    "layout_steps":  (0,        300,      300,      0,           0),
     "ema":           (0.998,    0.998,    0.998,    0.9999,      0.9999),
     "objective":     ("v",      "v",      "v",      "eps",       "eps"),
     "schedule":      ("cosine", "cosine", "cosine", "linear",    "linear"),
@@ -129,7 +128,7 @@ def parser():
     add("--optimizer", "muon is for the matrices of blocks", choices=("adamw", "muon"))
     add("--lr", "learning rate", type=share)
     add("--lr-decay", "from this step on the rate falls as 1 / sqrt(step); 0 = never", type=step)
-    add("--layout-steps", "first steps, at the noisiest 3 tenths of t (own data: 0)", type=step)
+    add("--layout-steps", "this many steps first, at the noisiest 3 tenths of t", 0, type=step)
     add("--ema", "decay of the averaged weights", type=share)
     add("--seed", "of all that is random", 0, type=D.number(int, 0, 2 ** 31 - 1))
     group = p.add_argument_group("the run")
@@ -407,8 +406,6 @@ def prepare(args):
     defaults = {**vars(parser().parse_args([])), **{name: f.default for name, f in CONFIG.items()},
                 **G.PRESETS[preset], **{name: row[column] for name, row in DEFAULTS.items()},
                 "preset": preset, "precision": "bf16" if args.device.type == "cuda" else "fp32"}
-    if args.data != "shapes":
-        defaults["layout_steps"] = 0                       # it was measured on the shapes alone
     if args.objective == "flow" or args.schedule == "straight":
         defaults.update(objective="flow", schedule="straight")
     settings = argparse.Namespace(**{**defaults, **inherited, **fitting,
