@@ -1299,8 +1299,6 @@ def test_joint_training_an_item_without_motion_is_a_picture_with_its_own_caption
             kinds[caption] += 1
     assert [bool((draws.t >= 700).all()) for *_, draws in seen].index(False) == 4   # layout steps
     assert len(kinds) == 9 and 4 < sum(int(draws.given.sum()) for *_, draws in seen) < 24
-    least = [min(draws.t.min() for *_, draws in part) for part in (seen[:4], seen[4:])]
-    assert least[1] < 700 <= least[0]
     trained(*flags, "1", "--image-data", "stills", "--steps", "12", out="stills")        # one pace
     assert all(a[1][k] == b[1][k] for a, b in zip(seen, seen[12:]) for k in a[2].still.nonzero())
     seen.clear()
