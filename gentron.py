@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as fn
 
 # ---- 1. Configuration (paper, Table 1) -----------------------------------------------------------
-# OURS: the heads. Parameters are counted with CLIP-L and T5-XXL, without temporal layers.
+# OURS: the heads. Parameters: Transformers that read CLIP-L and T5-XXL, no temporal layers.
 PRESETS = {
     "nano": dict(depth=4,  width=160,  heads=5,  patch_size=2),   #    2.4 M (small text encoder)
     "S/2":  dict(depth=12, width=384,  heads=6,  patch_size=2),   #   60.3 M

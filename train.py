@@ -125,7 +125,7 @@ def parser():
     add("--minutes", "then stop and save", type=D.number(float, 0.001))
     add("--batch-size", "over all processes", type=D.number(int, 1, 2 ** 16))
     add("--grad-accum", "micro-batches a step", 1, type=count)
-    add("--optimizer", "muon is for the matrices of blocks", choices=("adamw", "muon"))
+    add("--optimizer", "muon: for matrices of blocks but adaLN's", choices=("adamw", "muon"))
     add("--lr", "learning rate", type=share)
     add("--lr-decay", "from this step on the rate falls as 1 / sqrt(step); 0 = never", type=step)
     add("--layout-steps", "this many steps first, at the noisiest 3 tenths of t", 0, type=step)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("gentron.py", "data.py", "train.py", "sample.py")
 ASSETS = ("vae.safetensors", "nano.safetensors", "study.html")
-TITLES = {1: "patchify", 2: "q_sample", 3: "the DDIM step", 4: "guided",
+TITLES = {1: "patchify", 2: "q_sample", 3: "the step to s", 4: "guided",
           5: "the motion-free branch", 6: "the EMA update", 7: "the text mask"}
 CONFTEST = '''"""Prints the score. An exercise counts if all of its tests pass."""
 import re

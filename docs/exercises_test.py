@@ -58,7 +58,7 @@ def test_exercise_2_q_sample_mixes_picture_and_noise(kind, objective):
         same(z[k], alpha * z0[k] + sigma * noise[k])
 
 
-# ---- 3. the DDIM step
+# ---- 3. the step to s
 
 def test_exercise_3_ddim_walks_along_one_noise():
     # If the network always answers the same v, each step of DDIM turns (z0, eps) by an angle, and
