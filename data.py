@@ -62,7 +62,6 @@ HELD_OUT = frozenset(zip(COLORS, ("cross", "ring", "triangle", "star", "square",
                                   "star")))
 PAIRS = tuple((c, s) for c in COLORS for s in SHAPES)
 SEEN_PAIRS = tuple(p for p in PAIRS if p not in HELD_OUT)
-
 plural = lambda shape: shape + ("es" if shape.endswith("s") else "s")      # 'cross' -> 'crosses'
 
 def vocabulary(level="full"):
@@ -948,7 +947,8 @@ class Folder:
     def _load(self, file):    # -> uint8 (F, H, W, 3), shown at 0, 1 / fps, ...; the last is held
         taken, shown, pixels = [], None, 0                   # shown: the frame before `start`
         for start, image in _frames(file, self.root, self.frames, self.fps):
-            due = min(self.frames, math.ceil((start - 1e-6) * self.fps))       # k / fps is rounded
+            # A GIF rounds k / fps to hundredths of a second
+            due = min(self.frames, math.ceil(start * self.fps - min(0.4, 0.0051 * self.fps)))
             taken += [shown] * (due - len(taken))
             if len(taken) == self.frames:
                 break
@@ -960,8 +960,9 @@ class Folder:
             raise ValueError("holds no frame")
         return np.stack(taken + [shown] * (self.frames - len(taken)))
 
-def _pictures_in(folder):              # its picture files in order, if it holds nothing else
-    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+def _pictures_in(folder):              # its picture files, if it holds nothing else; 2 before 10
+    inside = sorted((p for p in folder.iterdir() if not p.name.startswith(".")),
+                    key=lambda p: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), p.name))
     return inside if all(p.is_file() and p.suffix.lower() in PICTURES for p in inside) else []
 
 def _frames(file, root, frames, fps):  # yields (start in seconds, PIL image)
@@ -1002,9 +1003,9 @@ def open_picture(file, inside=None):
     try:
         with open_input(file, MAX_FILE, inside) as opened:
             yield Image.open(opened, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"))
-    except (ValueError, OSError, MemoryError):
-        raise
     except Exception as error:  # noqa: BLE001 - pillow raises many kinds for a broken file
+        if isinstance(error, (ValueError, MemoryError)) or getattr(error, "filename", None):
+            raise                                            # it is plain, or names the file
         raise ValueError(f"unreadable or over {MAX_PIXELS // 10**6} megapixels, {file}") from error
 
 def size_of(file):

@@ -585,7 +585,8 @@ class TextEncoder(nn.Module):
     def unknown(self, caption):
         """Words (or the class) that a small encoder does not know: a sorted list of strings."""
         small = [encoder for encoder in self.encoders if isinstance(encoder, WordEncoder)]
-        return sorted({word for e in small for word in e.split(caption) if word not in e.index})
+        return sorted({word for e in small for word in e.split(caption) or caption.split()
+                       if word not in e.index})
 
 # ---- 7. Autoencoder (paper, 3.1: a frozen KL autoencoder, 8x down) -------------------------------
 class ResBlock(nn.Module):

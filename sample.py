@@ -208,15 +208,22 @@ class Sampler:
         if args.first_frame and 1 in frames_of:
             still = prompts[frames_of.index(1)]
             raise ValueError(f"--first-frame begins a clip; '{still}' names no motion")
+        batches = []                                        # (frames, which prompts)
         for frames in {1, args.frames}:
             places = [k for k, n in enumerate(frames_of) if n == frames]
-            for i in tqdm(range(0, len(places), args.batch_size), what, leave=False):
-                part = places[i:i + args.batch_size]
+            batches += [(frames, places[i:i + args.batch_size])
+                        for i in range(0, len(places), args.batch_size)]
+        with tqdm(total=len(batches) * args.steps, desc=what, unit="step", leave=False) as bar:
+            def step_done(*state):
+                bar.update()
+                if on_step:
+                    on_step(*state)
+            for frames, part in batches:
                 drawn = G.generate(
                     self.net.model, self.net.text, self.vae, self.net.schedule,
                     [prompts[k] for k in part], [seeds[k] for k in part], self.size, frames,
                     self.cfg, args.motion, args.steps, self.method, self.device,
-                    self.precision == "bf16", args.negative, self.given, on_step)
+                    self.precision == "bf16", args.negative, self.given, step_done)
                 for k, clip in zip(part, drawn):
                     clips[k] = np.repeat(clip, args.frames // frames, axis=0)
         return np.stack(clips)                                             # (n, F, H, W, 3)
@@ -238,6 +245,8 @@ def draw(args):
               f"--ckpt assets/nano.safetensors")
     if inside:
         save(path, [inside(sampler, prompts, seeds)], sampler.fps)
+    elif path.is_dir():
+        write_folder(sampler, prompts, seeds, path)
     else:
         write(sampler(prompts, seeds), prompts, path, sampler.fps)
     D.say(f"wrote {path}: {len(prompts)} drawn in {time.monotonic() - started:.1f} s")
@@ -250,19 +259,23 @@ def save(path, images, fps):
         else:
             (D.save_gif if path.suffix.lower() == ".gif" else D.save_mp4)(file, images, fps)
 
+def write_folder(sampler, prompts, seeds, folder):
+    """A file a prompt, and captions.jsonl, each written as soon as it is drawn. Tools for FID and
+    CLIP score read such a folder, and so does train.py."""
+    n, suffix = sampler.args.batch_size, "gif" if sampler.args.frames > 1 else "png"
+    with open(folder / "captions.jsonl", "w", encoding="utf-8", buffering=1) as lines:
+        for i in range(0, len(prompts), n):
+            clips = sampler(prompts[i:i + n], seeds[i:i + n], f"{i} of {len(prompts)} drawn")
+            for k, clip in enumerate(clips, start=i):
+                name = f"{k:05d}.{suffix}"
+                save(folder / name, [Image.fromarray(frame) for frame in clip], sampler.fps)
+                lines.write(json.dumps({"file": name, "caption": prompts[k]}) + "\n")
+
 def write(clips, prompts, path, fps):
-    """uint8 clips (n, F, H, W, 3) -> one labelled file, or a folder with a file a clip. A .png of
-    clips is a film strip, a row a clip."""
+    """uint8 clips (n, F, H, W, 3) -> one labelled file. A .png of clips is a film strip, a row a
+    clip."""
     frames = clips.shape[1]
-    if path.is_dir():
-        # Tools for FID and CLIP score read such a folder, and so does train.py
-        names = [f"{k:05d}.{'gif' if frames > 1 else 'png'}" for k in range(len(clips))]
-        for name, clip in zip(names, clips):
-            save(path / name, [Image.fromarray(frame) for frame in clip], fps)
-        rows = [json.dumps({"file": n, "caption": p}) + "\n" for n, p in zip(names, prompts)]
-        with D.writing(path / "captions.jsonl") as file:
-            file.write_text("".join(rows), encoding="utf-8")
-    elif path.suffix.lower() == ".png":
+    if path.suffix.lower() == ".png":
         save(path, [film_strip(clips, prompts)], fps)
     else:                                                   # sheet f: moment f of every clip
         columns = min(6, math.ceil(math.sqrt(len(clips))))
@@ -364,8 +377,8 @@ def bench(args):
         if all(name in entries for name in D.CATEGORIES):   # the paper's six, without numeracy
             records[-1]["mean"] = np.mean([entries[name]["score"] for name in D.CATEGORIES])
             D.say(f"mean of the six {100 * records[-1]['mean']:5.1f}")
-    with D.writing(json_path) as file:
-        file.write_text(json.dumps(records if len(records) > 1 else records[0], indent=1))
+        with D.writing(json_path) as file:                  # after each table: nothing is lost
+            file.write_text(json.dumps(records if len(records) > 1 else records[0], indent=1))
     D.say(f"wrote {json_path}: every verdict")
     if failures:
         save(sheet_path, [film_strip(*zip(*failures[:60]))], 1)
@@ -566,7 +579,11 @@ def work(args):
     """Does what the flags ask for. Raises ValueError for flags that do not go together."""
     inside = args.strip or args.attention
     for wrong, message in (
-            (args.bench and (args.prompt or args.prompts), "--bench asks its own prompts"),
+            (args.bench and (args.prompt or args.prompts or args.per_prompt > 1),
+             "--bench asks its own prompts, each once"),
+            (not args.bench and not args.compare and
+             (args.n or args.quick or args.category or args.json or args.split != "seen"),
+             "--n, --quick, --split, --category and --json are for --bench and --compare"),
             ((args.bench or args.compare) and (args.init_image or args.first_frame),
              "--init-image and --first-frame need prompts of yours, not --bench or --compare"),
             (args.first_frame and args.frames == 1, "--first-frame begins a clip; add --frames 8"),

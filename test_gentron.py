@@ -1123,7 +1123,7 @@ def test_class_folders_frames_in_folders_and_what_is_no_data(tmp_path, monkeypat
     assert folder.skipped == [("stray.png", "not in a class folder")]
     assert (bare.captions, bare.labels) == ([""], []) and "unconditionally" in bare.report()[0]
     root = tmp_path / "clips"
-    for k, name in enumerate(("still.gif", "picture.png", "b.png", "walk/0.png", "walk/1.png")):
+    for k, name in enumerate(("still.gif", "picture.png", "b.png", "walk/9.png", "walk/10.png")):
         put(root / name, one(k), "it" if k < 3 else None)
     (root / "walk.txt").write_text("they walk")             # a folder of frames, with its caption
     (root / "b.png").rename(root / "b.mp4")
@@ -1374,6 +1374,7 @@ def test_other_flags_on_resume_are_refused_by_name(here, tiny_run, monkeypatch):
     assert "--steps 6" in run(train, *flags, "run", "--steps", "3")
     trained("--steps", "1", "--lr", "0.5", "--no-resume")
     assert len(log_of(Path("run"))) == 1 and len(log_of(Path("run.1"))) == 3
+    Path("older/last.safetensors").unlink(), refused(train, [*flags, "older"], "older holds ema")
     monkeypatch.chdir("run"), refused(train, [*flags, ".", "--no-resume"], "working directory")
     monkeypatch.setenv("WORLD_SIZE", "0"), refused(train, [*flags, "w"], "torchrun")
 
@@ -1923,7 +1924,7 @@ def test_pictures_and_clips_start_from_a_picture(here, name):
                    "--first-frame", "a.png")
         assert ("not trained with --p-first-frame" in said) == warned
 
-@pytest.mark.parametrize("fps", [4, 15, 30])
+@pytest.mark.parametrize("fps", [4, 8, 30])
 def test_clips_are_written_as_files_that_read_back_frame_by_frame(here, monkeypatch, fps):
     clip = D.truth(LEFT, 0, (64, 64), 30)
     clip[10:14] = clip[10]                                  # a pause: a GIF stores one frame
@@ -1940,7 +1941,7 @@ def test_clips_are_written_as_files_that_read_back_frame_by_frame(here, monkeypa
     assert D.Folder("clips", (64, 64), 30, fps).captions == [LEFT]
     pytest.importorskip("av")
     run(sample, *flags, "b/out.mp4")
-    for folder, wanted, most in (("a", sheets[:, :h, :w], 3), ("clips", clip, 1),
+    for folder, wanted, most in (("a", sheets[:, :h, :w], 3), ("clips", clip, 0.1),
                                  ("b", sheets[:, :h, :w], 3)):
         back = D.Folder(folder, wanted.shape[1:3], 30, fps)[0][0]
         assert abs(back.astype(int) - wanted).mean() < most, folder
@@ -2109,7 +2110,8 @@ sample 'a red circle moving left' --first-frame m.png | --frames || sample --ben
 sample R --init-image m.png --frames 2 --ckpt t2v.safetensors | --frames || sample LONG | characters
 sample --bench --first-frame m.png --frames 2 | --first-frame || sample R --out out.tiff | .tiff
 sample --prompts many.txt --per-prompt 10000 | million || sample R --ckpt nan.safetensors | finite
-sample --bench R | prompts || sample --compare loop few | loop || sample R --out loop/x.png | loop
+sample --bench R | prompts || sample --bench --per-prompt 2 | once || sample R --n 5 | --bench
+sample '🐶' | vocabulary || sample --compare loop few | loop || sample R --out loop/x.png | loop
 sample R --out blank.txt/x.png | blank.txt || sample --compare a b --category motion | 8
 data | --preview || data --preview out.txt | .txt || data --preview out.png --data gone | gone
 data --preview few/00.png --data few | few/00.png || data --preview /proc/a.png | /p

@@ -149,7 +149,6 @@ def parser():
 
 # ---- 2. The data of a step -----------------------------------------------------------------------
 CHUNK = 64      # items that are encoded together: the same ones in every run of a seed
-
 @lru_cache(maxsize=4)
 def permutation(seed, epoch, n):
     """The order of n items in an epoch, (n,): a function of its arguments."""
@@ -783,7 +782,7 @@ def claim_folder(args):
         for name in (*FILES, "samples/000000.png"):
             D.writable(out / name, inside=out)             # better now than after 500 steps
         there = [name for name in FILES if (out / name).exists()]
-        ours = last.exists() or "config.json" in there and (
+        ours = last.exists() or there[:1] == ["config.json"] and (     # a run that saved nothing
             '"program": "gentron"' in D.read_text(out / "config.json"))
         if there and not ours:
             raise ValueError(f"{out} holds {there[0]}, but no run; give another folder by --out")
@@ -973,9 +972,13 @@ def main(argv=None):
         try:
             (measure if args.dry_run or args.benchmark else
              encode if args.stage == "encode" else train)(args)
-        except RuntimeError as error:
-            if processes() > 1 and re.search("gloo|nccl|peer", str(error), re.I):
+        except (OSError, ValueError, RuntimeError) as error:
+            others = processes() > 1 and isinstance(error, RuntimeError)
+            if others and re.search("gloo|nccl|peer", str(error), re.I):
                 raise ValueError("another process of this run has ended or hangs") from None
+            if "DataLoader worker" in str(error):           # its last line says what happened there
+                why = str(error).strip().splitlines()[-1]
+                raise ValueError(f"{why}; the same command goes on") from None
             raise
     try:
         return D.run_main(work, "try --grad-accum, --fsdp, --checkpoint-activations, or a smaller "
