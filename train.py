@@ -782,7 +782,7 @@ def claim_folder(args):
         for name in (*FILES, "samples/000000.png"):
             D.writable(out / name, inside=out)             # better now than after 500 steps
         there = [name for name in FILES if (out / name).exists()]
-        ours = last.exists() or there[:1] == ["config.json"] and (     # a run that saved nothing
+        ours = last.exists() or "config.json" in there and (
             '"program": "gentron"' in D.read_text(out / "config.json"))
         if there and not ours:
             raise ValueError(f"{out} holds {there[0]}, but no run; give another folder by --out")
