@@ -205,15 +205,15 @@ class Sampler:
         # A caption of the world without a motion is drawn once and repeated. Motion-free frames
         # (3.4) do not see each other: from equal noise they would be F equal pictures
         frames_of = [1 if D.is_picture(prompt) else args.frames for prompt in prompts]
-        if args.first_frame and 1 in frames_of:
-            still = prompts[frames_of.index(1)]
-            raise ValueError(f"--first-frame begins a clip; '{still}' names no motion")
         batches = []                                        # (frames, which prompts)
         for frames in {1, args.frames}:
             places = [k for k, n in enumerate(frames_of) if n == frames]
             batches += [(frames, places[i:i + args.batch_size])
                         for i in range(0, len(places), args.batch_size)]
-        with tqdm(total=len(batches) * args.steps, desc=what, unit="step", leave=False) as bar:
+        times, given = self.net.schedule.timesteps(args.steps, self.method), self.given
+        steps = sum(given is None or given.first_frame or           # --strength leaves some out
+                    t < given.strength * self.net.schedule.steps for t in times)
+        with tqdm(total=len(batches) * steps, desc=what, unit="step", leave=False) as bar:
             def step_done(*state):
                 bar.update()
                 if on_step:
@@ -238,6 +238,8 @@ def draw(args):
                        *([] if inside else [".gif", ".mp4", "/"]))
     sampler = Sampler(args, args.ckpt)
     check_words(sampler.net.text, prompts)
+    if args.first_frame and (still := next(filter(D.is_picture, prompts), None)):
+        raise ValueError(f"--first-frame begins a clip; '{still}' names no motion")
     flags, said = sampler.state["flags"], {*G.split_words(" ".join(prompts))}
     if (flags.get("data"), flags.get("world")) == ("shapes", "basic") and (
             new := sorted(said - {*D.vocabulary("basic")})):
